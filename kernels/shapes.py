@@ -1,0 +1,169 @@
+"""The records that travel into ops: NSA's numbers, paged caches and the ragged batch of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from .contracts import check
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class NSAShape:
+    """The sizes of NSA's three branches (arXiv 2502.11089, section 3.3), all in tokens or blocks."""
+
+    compress_len: int = 32  # l
+    compress_stride: int = 16  # d
+    page: int = 64  # P
+    num_selected: int = 16  # n, forced blocks included
+    num_initial: int = 1
+    num_local: int = 2
+    window: int = 512  # w
+
+    def __post_init__(self) -> None:
+        l, d, page = self.compress_len, self.compress_stride, self.page  # noqa: E741
+        check(l > 0 and d > 0 and page > 0 and self.window > 0, "NSA sizes must be positive", nsa=self)
+        check(l % d == 0, "the compression length must be a multiple of its stride", l=l, d=d)
+        check(page % d == 0, "the page must be a multiple of the compression stride", P=page, d=d)
+        check(l <= page, "the compression length must not exceed the page", l=l, P=page)
+        check(self.num_initial >= 0 and self.num_local >= 1, "the current block is always local", nsa=self)
+        forced = self.num_initial + self.num_local
+        check(self.num_selected >= forced, "fewer selected than forced blocks", n=self.num_selected)
+
+    @property
+    def entries_per_page(self) -> int:
+        """Compressed entries that belong to a full page: P / d."""
+        return self.page // self.compress_stride
+
+    @property
+    def overlap(self) -> int:
+        """Strides that one compressed entry spans: l / d."""
+        return self.compress_len // self.compress_stride
+
+    @property
+    def dense_len(self) -> int:
+        """Contexts up to this length select every block: n · P."""
+        return self.num_selected * self.page
+
+    def num_visible(self, position: int) -> int:
+        """Compressed entries that the query at ``position`` sees: those that end at or before it."""
+        if position + 1 < self.compress_len:
+            return 0
+        return (position + 1 - self.compress_len) // self.compress_stride + 1
+
+    def entry_slot(self, entry: int) -> tuple[int, int]:
+        """(page, slot in that page) of a compressed entry: it belongs to its last token's page."""
+        page = (entry * self.compress_stride + self.compress_len - 1) // self.page
+        return page, entry + self.overlap - 1 - page * self.entries_per_page
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKV:
+    """One layer's raw keys and values, by device slot. Strides are free; the last one is 1."""
+
+    k: Tensor  # [S, Hkv, P, Dk]
+    v: Tensor  # [S, Hkv, P, Dv]
+
+    def __post_init__(self) -> None:
+        check(self.k.ndim == 4 and self.v.ndim == 4, "paged K/V have four axes", k=self.k, v=self.v)
+        check(self.k.shape[:3] == self.v.shape[:3], "k and v differ in pages", k=self.k, v=self.v)
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedKV:
+    """One layer's compressed entries, by block id: slot i + l/d − 1 − p·P/d of page p is entry i."""
+
+    k: Tensor  # [N, Hkv, P/d, Dk]
+    v: Tensor  # [N, Hkv, P/d, Dv]
+
+    def __post_init__(self) -> None:
+        check(self.k.ndim == 4 and self.v.ndim == 4, "compressed K/V have four axes", k=self.k, v=self.v)
+        check(self.k.shape[:3] == self.v.shape[:3], "k and v differ in entries", k=self.k, v=self.v)
+
+
+class CompressKind(StrEnum):
+    """How l tokens become one entry (φ)."""
+
+    MEAN = "mean"
+    WEIGHTED = "weighted"
+    LINEAR = "linear"
+    MLP = "mlp"
+
+
+@dataclass(frozen=True, slots=True)
+class Phi:
+    """φ for keys or for values. Which tensors are set follows from ``kind``.
+
+    ``position`` is added to the l tokens before φ, whatever its kind; None adds nothing.
+    ``weighted``: ``weight`` [Hkv, l]. ``linear``: ``weight`` [Hkv, l·D, D] or, shared by the heads,
+    [l·D, D]; or the mean of the tokens plus the low-rank product ``down`` [Hkv, l·D, r] · ``up``
+    [Hkv, r, D]. ``mlp``: ``down`` [l·D, l·D], SiLU, ``up`` [l·D, D], shared by the heads.
+    """
+
+    kind: CompressKind = CompressKind.MEAN
+    position: Tensor | None = None  # [Hkv, l, D]
+    weight: Tensor | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compressor:
+    """φ of keys and of values, and on which side of RoPE the keys are compressed.
+
+    With ``inv_freq`` set, φ_k applies before RoPE: cached keys are rotated back by their own
+    position, compressed, and the entry is rotated at its first token's position i·d. Rotating the
+    rounded cache back, and not keeping raw keys beside it, makes an entry a pure function of
+    cached bytes, so that chunking, prefix hits and rollback need no further state; the error is
+    that of one rounding to the cache type.
+    """
+
+    k: Phi = Phi()
+    v: Phi = Phi()
+    inv_freq: Tensor | None = None  # [Dr/2] fp32; rotates the first Dr dimensions, halves paired
+    rope_scale: float = 1.0  # the factor on cos and sin of yarn and longrope
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The ragged batch of a step: prefill chunks and decodes mixed, tokens of a row adjacent.
+
+    A row with ``context_lens`` 0 and a token with position −1 are padding (CUDA graphs run at fixed
+    sizes): nothing is written for them, their outputs are 0 and their selections −1.
+    The ``max_*`` numbers are host-side bounds, so that no op reads a tensor back.
+    """
+
+    positions: Tensor  # [T] int64, of each token in its request; −1 for padding
+    token_rows: Tensor  # [T] int32, row of each token; 0 for padding
+    cu_seqlens_q: Tensor  # [B+1] int32, first token of each row
+    context_lens: Tensor  # [B] int32, tokens of the request in the cache once this step is written
+    block_table: Tensor  # [B, M] int32, block ids in order; −1 beyond the request's pages
+    slot_table: Tensor  # [B, M] int32, device slots of those blocks; −1 where not on the device
+    max_query_len: int  # the most tokens of one row; 1 in a pure decode step
+    max_context_len: int  # the longest context of a row
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.positions.shape[0])
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.context_lens.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingTensors:
+    """Per-row sampling settings. Rows are the rows of the logits [B, V]."""
+
+    temperature: Tensor  # [B] fp32; 0 is greedy
+    top_k: Tensor  # [B] int32; 0 keeps all
+    top_p: Tensor  # [B] fp32; 1 keeps all
+    min_p: Tensor  # [B] fp32; 0 keeps all
+    seeds: Tensor  # [B] int64
+    steps: Tensor  # [B] int64, position of the token to be sampled: noise is a function of (seed, step, id)
+    all_greedy: bool  # host-side: no row samples, skip the noise
+    any_truncation: bool  # host-side: some row has top_k, top_p or min_p

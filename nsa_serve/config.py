@@ -1,0 +1,118 @@
+"""The engine's configuration: frozen, whole, checked once. Derived values are properties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from .errors import ConfigError
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+GIB = 1 << 30
+
+
+class AttentionMode(StrEnum):
+    AUTO = "auto"  # NSA for checkpoints trained with it, dense for others
+    NSA = "nsa"
+    DENSE = "dense"
+
+
+class Policy(StrEnum):
+    FCFS = "fcfs"
+    PRIORITY = "priority"
+
+
+class DType(StrEnum):
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which checkpoint is served, and how it is read."""
+
+    model: str = EMBEDDED_MODEL  # a folder, a .gguf file, a Hub id, or the embedded name
+    served_model_name: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: DType = DType.AUTO
+    attention: AttentionMode = AttentionMode.AUTO
+    max_model_len: int | None = None  # None: the checkpoint's context
+    chat_template: str | None = None  # a file
+    random_weights: bool = False  # benchmarks of a shape without a checkpoint
+    seed: int = 0
+
+    @property
+    def public_name(self) -> str:
+        return self.served_model_name or self.model
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    enable_prefix_caching: bool = True
+    kv_cache_memory_bytes: int | None = None  # None: a share of the free memory
+    gpu_memory_utilization: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleConfig:
+    policy: Policy = Policy.FCFS
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None  # the step's token budget; None: by device
+    max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    tensor_parallel_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GraphConfig:
+    enforce_eager: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine needs to start. ``validate`` is called once, by whoever builds it."""
+
+    source: ModelSource = field(default_factory=ModelSource)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    device: str = "auto"  # auto, cpu or cuda
+
+    def validate(self) -> EngineConfig:
+        """Return self, or raise ``ConfigError`` with the flag and the number that can't work."""
+        s = self.schedule
+        _need(self.device in ("auto", "cpu", "cuda"), f"--device is auto, cpu or cuda, not {self.device!r}")
+        _need(
+            self.parallel.tensor_parallel_size == 1,
+            "--tensor-parallel-size above 1 is not built yet; use 1",
+        )
+        _need(0 < s.max_num_seqs <= 4096, f"--max-num-seqs must be 1 to 4096, not {s.max_num_seqs}")
+        budget = s.max_num_batched_tokens
+        _need(
+            budget is None or budget >= s.max_num_seqs,
+            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {s.max_num_seqs}: "
+            "a step could not hold one token of each request",
+        )
+        _need(s.max_num_queued_reqs > 0, "--max-num-queued-reqs must be at least 1")
+        _need(s.max_num_queued_tokens > 0, "--max-num-queued-tokens must be at least 1")
+        share = self.cache.gpu_memory_utilization
+        _need(0 < share <= 1, f"--gpu-memory-utilization must be in (0, 1], not {share}")
+        kv = self.cache.kv_cache_memory_bytes
+        _need(kv is None or kv > 0, f"--kv-cache-memory-bytes must be positive, not {kv}")
+        length = self.source.max_model_len
+        _need(length is None or length > 0, f"--max-model-len must be positive, not {length}")
+        return self
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

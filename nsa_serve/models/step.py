@@ -1,0 +1,31 @@
+"""What one forward pass reads beside the weights: one frozen record, built by the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.shapes import CompressedKV, PagedKV, StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The tokens of a step, where each stands, and every layer's cache.
+
+    ``resident`` is the host tier's hook: given a layer and its selection [T, Hkv, n], it answers
+    the device slots of those pages [T, Hkv, n]. None: every page is on the device, and
+    ``batch.slot_table`` says where.
+    """
+
+    token_ids: torch.Tensor  # [T] int64; 0 for padding
+    batch: StepBatch
+    kv: Sequence[PagedKV]  # by layer
+    compressed: Sequence[CompressedKV] | None  # by layer; None for a dense model
+    logits_index: torch.Tensor  # [R] int64, tokens of the step whose logits are wanted
+    resident: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+
+    def ensure_resident(self, layer: int, selection: torch.Tensor) -> torch.Tensor | None:
+        """Slots of the selection, or None where the slot table serves."""
+        return None if self.resident is None else self.resident(layer, selection)

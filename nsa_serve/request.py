@@ -1,0 +1,142 @@
+"""What a request is: its sampling settings, the messages it travels in, and its state in the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import msgspec
+
+# Room for a request's new tokens in one step; more would be a prefill chunk, not a decode.
+MAX_LOGPROBS = 20
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Only STOP, LENGTH and TOOL_CALLS reach an OpenAI client by name."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of one request are sampled and where it stops. Values are checked by ``check``."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False  # whether a matched stop string stays in the text
+    max_tokens: int = 16
+    min_tokens: int = 0
+    logprobs: int | None = None  # number of alternatives beside the sampled token; None: none at all
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+    skip_special_tokens: bool = True
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as it enters the engine: prompt already encoded, one sequence (n choices are n requests)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0  # lower runs first
+    cache_salt: str = ""  # separates tenants' prefix caches
+    stream: bool = True  # False: one output at the end, no deltas
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Log-probability of one token and, best first, of its alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the likeliest
+    top: list[tuple[int, float]]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # prompt tokens whose K/V came from the prefix cache
+
+
+class RequestTimes(msgspec.Struct, frozen=True):
+    """Seconds on the engine's monotonic clock, for the metrics; None while it hasn't happened."""
+
+    arrival: float
+    first_scheduled: float | None
+    first_token: float | None
+    last_token: float | None
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What came out since the last output. A request's outputs end with exactly one that has ``finish_reason``."""
+
+    request_id: str
+    text: str = ""  # decoded text since the last output: whole characters, no part of a stop string
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # whole prompt, once; None for the first token
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token id that matched
+    error: str | None = None  # with FinishReason.ERROR
+    usage: Usage | None = None  # always with finish_reason
+    times: RequestTimes | None = None  # always with finish_reason
+
+
+class RequestStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class Request:
+    """A request's state in the engine. Written by ``Scheduler`` alone.
+
+    No phase: the scheduler hands out budget until ``num_computed`` has caught up with
+    ``num_tokens``. ``num_in_flight`` sampled tokens are known to the device but not yet here.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    arrival: float
+    priority: int = 0
+    cache_salt: str = ""
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose K/V are in the cache, once the launched steps are done
+    num_in_flight: int = 0
+    num_cached: int = 0  # prompt tokens that came from the prefix cache at first admission
+    num_preemptions: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    row: int | None = None  # row in the runner's tables while it runs
+    first_scheduled: float | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known to the device: prompt, outputs and those in flight."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_in_flight
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Tokens [start, stop) of prompt followed by outputs; those in flight are not here."""
+        split = self.num_prompt
+        prompt = self.prompt_token_ids[start:stop]
+        output = self.output_token_ids[max(0, start - split) : max(0, stop - split)]
+        return prompt + output
