@@ -14,7 +14,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class NSAShape:
-    """The sizes of NSA's three branches (arXiv 2502.11089, section 3.3), all in tokens or blocks."""
+    """The sizes of NSA's branches (arXiv 2502.11089, section 3.3), in tokens or blocks."""
 
     compress_len: int = 32  # l
     compress_stride: int = 16  # d
@@ -26,11 +26,17 @@ class NSAShape:
 
     def __post_init__(self) -> None:
         l, d, page = self.compress_len, self.compress_stride, self.page  # noqa: E741
-        check(l > 0 and d > 0 and page > 0 and self.window > 0, "NSA sizes must be positive", nsa=self)
+        check(
+            l > 0 and d > 0 and page > 0 and self.window > 0, "NSA sizes must be positive", nsa=self
+        )
         check(l % d == 0, "the compression length must be a multiple of its stride", l=l, d=d)
         check(page % d == 0, "the page must be a multiple of the compression stride", P=page, d=d)
         check(l <= page, "the compression length must not exceed the page", l=l, P=page)
-        check(self.num_initial >= 0 and self.num_local >= 1, "the current block is always local", nsa=self)
+        check(
+            self.num_initial >= 0 and self.num_local >= 1,
+            "the current block is always local",
+            nsa=self,
+        )
         forced = self.num_initial + self.num_local
         check(self.num_selected >= forced, "fewer selected than forced blocks", n=self.num_selected)
 
@@ -56,7 +62,7 @@ class NSAShape:
         return (position + 1 - self.compress_len) // self.compress_stride + 1
 
     def entry_slot(self, entry: int) -> tuple[int, int]:
-        """(page, slot in that page) of a compressed entry: it belongs to its last token's page."""
+        """(page, slot in it) of a compressed entry: it belongs to its last token's page."""
         page = (entry * self.compress_stride + self.compress_len - 1) // self.page
         return page, entry + self.overlap - 1 - page * self.entries_per_page
 
@@ -81,7 +87,12 @@ class CompressedKV:
     v: Tensor  # [N, Hkv, P/d, Dv]
 
     def __post_init__(self) -> None:
-        check(self.k.ndim == 4 and self.v.ndim == 4, "compressed K/V have four axes", k=self.k, v=self.v)
+        check(
+            self.k.ndim == 4 and self.v.ndim == 4,
+            "compressed K/V have four axes",
+            k=self.k,
+            v=self.v,
+        )
         check(self.k.shape[:3] == self.v.shape[:3], "k and v differ in entries", k=self.k, v=self.v)
 
 
@@ -164,6 +175,6 @@ class SamplingTensors:
     top_p: Tensor  # [B] fp32; 1 keeps all
     min_p: Tensor  # [B] fp32; 0 keeps all
     seeds: Tensor  # [B] int64
-    steps: Tensor  # [B] int64, position of the token to be sampled: noise is a function of (seed, step, id)
+    steps: Tensor  # [B] int64, position of the token to sample: noise is f(seed, step, id)
     all_greedy: bool  # host-side: no row samples, skip the noise
     any_truncation: bool  # host-side: some row has top_k, top_p or min_p

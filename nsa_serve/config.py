@@ -90,7 +90,10 @@ class EngineConfig:
     def validate(self) -> EngineConfig:
         """Return self, or raise ``ConfigError`` with the flag and the number that can't work."""
         s = self.schedule
-        _need(self.device in ("auto", "cpu", "cuda"), f"--device is auto, cpu or cuda, not {self.device!r}")
+        _need(
+            self.device in ("auto", "cpu", "cuda"),
+            f"--device is auto, cpu or cuda, not {self.device!r}",
+        )
         _need(
             self.parallel.tensor_parallel_size == 1,
             "--tensor-parallel-size above 1 is not built yet; use 1",

@@ -1,4 +1,4 @@
-"""What a request is: its sampling settings, the messages it travels in, and its state in the scheduler."""
+"""What a request is: its sampling settings, the messages it travels in, its state here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 import msgspec
 
-# Room for a request's new tokens in one step; more would be a prefill chunk, not a decode.
+# As OpenAI bounds top_logprobs.
 MAX_LOGPROBS = 20
 
 
@@ -22,7 +22,7 @@ class FinishReason(StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the tokens of one request are sampled and where it stops. Values are checked by ``check``."""
+    """How the tokens of one request are sampled, and where it stops."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -38,14 +38,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     include_stop: bool = False  # whether a matched stop string stays in the text
     max_tokens: int = 16
     min_tokens: int = 0
-    logprobs: int | None = None  # number of alternatives beside the sampled token; None: none at all
+    logprobs: int | None = (
+        None  # number of alternatives beside the sampled token; None: none at all
+    )
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] = {}
     skip_special_tokens: bool = True
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as it enters the engine: prompt already encoded, one sequence (n choices are n requests)."""
+    """A request as it enters the engine: prompt encoded; n choices are n requests."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -80,13 +82,15 @@ class RequestTimes(msgspec.Struct, frozen=True):
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What came out since the last output. A request's outputs end with exactly one that has ``finish_reason``."""
+    """What came out since the last output; exactly one, the last, has ``finish_reason``."""
 
     request_id: str
     text: str = ""  # decoded text since the last output: whole characters, no part of a stop string
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # whole prompt, once; None for the first token
+    prompt_logprobs: list[TokenLogprob | None] | None = (
+        None  # whole prompt, once; None for the first token
+    )
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
     error: str | None = None  # with FinishReason.ERROR

@@ -10,13 +10,13 @@ from ..kernels.shapes import CompressKind, NSAShape
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding. ``kind`` is default, linear, dynamic, llama3, yarn or longrope; ``options`` its own keys."""
+    """Rotary embedding. ``kind``: default, linear, dynamic, llama3, yarn or longrope."""
 
     theta: float = 10_000.0
     kind: str = "default"
     rotary_dim: int | None = None  # None: the whole head
     original_max_position: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # the kind's own keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a step does and what came of it: plain values without tensors, the same bytes for every rank."""
+"""What a step does and what came of it: plain values, the same bytes for every rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RowStart(msgspec.Struct, frozen=True):
 
 
 class ScheduledChunk(msgspec.Struct, frozen=True):
-    """The tokens of one request that a step computes: a prefill chunk or a decode, the same thing."""
+    """The tokens of one request that a step computes: a prefill chunk or a decode."""
 
     row: int
     request_id: str
@@ -41,7 +41,7 @@ class BlockMove(msgspec.Struct, frozen=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One step: rows that end, rows that start, then the chunks to compute, in row order of the batch."""
+    """One step: rows that end, rows that start, then the chunks to compute, in batch order."""
 
     step_id: int
     freed_rows: list[int]
