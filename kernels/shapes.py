@@ -56,7 +56,7 @@ class NSAShape:
         return self.num_selected * self.page
 
     def num_visible(self, position: int) -> int:
-        """Compressed entries that the query at ``position`` sees: those that end at or before it."""
+        """Compressed entries that the query at ``position`` sees: those that have ended."""
         if position + 1 < self.compress_len:
             return 0
         return (position + 1 - self.compress_len) // self.compress_stride + 1
@@ -81,7 +81,7 @@ class PagedKV:
 
 @dataclass(frozen=True, slots=True)
 class CompressedKV:
-    """One layer's compressed entries, by block id: slot i + l/d − 1 − p·P/d of page p is entry i."""
+    """One layer's compressed entries, by block id; entry i has slot i + l/d − 1 − p·P/d."""
 
     k: Tensor  # [N, Hkv, P/d, Dk]
     v: Tensor  # [N, Hkv, P/d, Dv]
