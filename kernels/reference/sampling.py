@@ -38,7 +38,9 @@ def sample(logits: Tensor, settings: SamplingTensors) -> Tensor:
     hot = settings.temperature > 0  # [B]
     divisor = torch.where(hot, settings.temperature, 1.0).unsqueeze(1)
     scaled = (logits - logits.amax(-1, keepdim=True)) / divisor  # [B, V], at most 0
-    drawn = _draw_truncated(scaled, settings) if settings.any_truncation else _draw(scaled, settings)
+    drawn = (
+        _draw_truncated(scaled, settings) if settings.any_truncation else _draw(scaled, settings)
+    )
     return torch.where(hot, drawn, greedy)
 
 
@@ -149,7 +151,12 @@ def apply_penalties(
     negative ones; ``frequency`` [B] is subtracted for each time, ``presence`` [B] once, over the
     sampled tokens alone.
     """
-    check(logits.shape == output_counts.shape, "one count a logit", logits=logits, counts=output_counts)
+    check(
+        logits.shape == output_counts.shape,
+        "one count a logit",
+        logits=logits,
+        counts=output_counts,
+    )
     sampled = output_counts > 0
     factor = torch.where(sampled | in_prompt, repetition.unsqueeze(1), 1.0)
     logits = torch.where(logits > 0, logits / factor, logits * factor)
@@ -165,7 +172,9 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
     return logits.index_put((rows, token_ids), values, accumulate=True)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, *, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, *, top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-softmax of ``logits`` [B, V] fp32 at ``tokens`` [B], and the ``top`` likeliest of each row.
 
     Returns (logprob [B] fp32, rank [B] int64 from 1, top logprobs [B, top] fp32 in descending

@@ -1,0 +1,70 @@
+"""The cache's bytes on one device, and where each block's raw page lies among them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels.shapes import CompressedKV, PagedKV
+from .layout import KVLayout
+
+
+class DevicePool:
+    """Raw pages by slot and compressed entries by block id, allocated once.
+
+    Memory is not cleared: whoever reads, reads only what was written.
+    """
+
+    def __init__(
+        self, layout: KVLayout, num_slots: int, num_blocks: int, device: torch.device | str
+    ) -> None:
+        self.layout = layout
+        self.num_slots = num_slots
+        self.num_blocks = num_blocks
+        self.device = torch.device(device)
+        self._raw = self._allocate(layout.raw_elements(num_slots))
+        self._compressed = self._allocate(layout.compressed_elements(num_blocks))
+        layers = range(layout.num_layers)
+        self._paged_views = [layout.paged_view(self._raw, layer) for layer in layers]
+        self._compressed_views: list[CompressedKV] | None = None
+        if layout.entries_per_page:
+            views = [layout.compressed_view(self._compressed, layer) for layer in layers]
+            self._compressed_views = views
+        ids = torch.arange(num_blocks, dtype=torch.int32, device=self.device)
+        self.slot_table = ids.masked_fill(ids >= num_slots, -1)  # [N] int32, slot of each block
+
+    def layer_kv(self, layer: int) -> PagedKV:
+        """One layer's raw pages."""
+        return self._paged_views[layer]
+
+    def layer_compressed(self, layer: int) -> CompressedKV | None:
+        """One layer's compressed entries; None for a dense model."""
+        return None if self._compressed_views is None else self._compressed_views[layer]
+
+    @property
+    def kv(self) -> list[PagedKV]:
+        """Raw pages by layer."""
+        return self._paged_views
+
+    @property
+    def compressed(self) -> list[CompressedKV] | None:
+        """Compressed entries by layer; None for a dense model."""
+        return self._compressed_views
+
+    @property
+    def num_bytes(self) -> int:
+        return (self._raw.numel() + self._compressed.numel()) * self.layout.dtype.itemsize
+
+    def slots_of(self, block_table: torch.Tensor) -> torch.Tensor:
+        """Device slots of ``block_table`` [B, M] int32; −1 stays −1."""
+        if self.num_slots == self.num_blocks:
+            return block_table  # every block has the slot of its own number
+        slots = self.slot_table[block_table.clamp(min=0)]
+        return torch.where(block_table >= 0, slots, -1)
+
+    def poison(self) -> None:
+        """Fill everything with NaN, so that a read of what nobody wrote shows."""
+        self._raw.fill_(torch.nan)
+        self._compressed.fill_(torch.nan)
+
+    def _allocate(self, num_elements: int) -> torch.Tensor:
+        return torch.empty(num_elements, dtype=self.layout.dtype, device=self.device)
