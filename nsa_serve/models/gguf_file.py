@@ -122,7 +122,7 @@ class _Reader:
         if kind not in _SCALARS:
             raise ValueError(f"unknown array type {kind}")
         dtype = np.dtype("<" + _SCALARS[kind])
-        values = np.frombuffer(self.buffer, dtype, length, self.at).tolist()
+        values: list[Any] = np.frombuffer(self.buffer, dtype, length, self.at).tolist()
         self.at += length * dtype.itemsize
         return values
 

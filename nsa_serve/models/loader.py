@@ -1,0 +1,213 @@
+"""Weights from a checkpoint straight into the model's own parameters, on its device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import groupby
+
+import gguf
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+from .checkpoint import Checkpoint, CheckpointFormat
+from .config import ModelConfig
+from .decoder import Decoder
+from .families import Placement, placements
+from .families.placement import fused_rows
+from .gguf_config import PERMUTED, ROPE_FACTORS, hf_tensor_name
+from .gguf_file import TensorEntry
+
+Tensor = torch.Tensor
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all), as stored
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DEQUANTISED_ROW = 1 << 16
+# Recomputed from the configuration, though some checkpoints store them.
+_DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ROPE_FACTORS)
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """The model on ``device``. With ``seed``, random weights instead of the checkpoint's.
+
+    Raises ``CheckpointError``, naming file and key, where a tensor is missing, has another shape,
+    or has no place in the model.
+    """
+    if seed is not None:
+        return Decoder(config, random_weights(config, device=device, dtype=dtype, seed=seed))
+    weights = load_weights(checkpoint, config, device=device, dtype=dtype, progress=progress)
+    return Decoder(config, weights)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of ours, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for place in placements(config):
+        rows = max(place.row + place.shape[0], shapes.get(place.parameter, (0,))[0])
+        if ".qkv." in place.parameter:
+            rows = fused_rows(config).total
+        shapes[place.parameter] = (rows, *place.shape[1:])
+    return shapes
+
+
+def num_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that the weights take on the device, from the configuration alone."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values()) * dtype.itemsize
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Every parameter by name, each row filled exactly once; ``progress`` after every tensor."""
+    checkpoint.check_digest()
+    places = {place.source: place for place in placements(config)}
+    names = _expected_names(checkpoint, config, places)
+    # Rows that no tensor fills (padding, biases of some parts alone) stay 0.
+    shapes = parameter_shapes(config)
+    weights = {name: torch.zeros(s, device=device, dtype=dtype) for name, s in shapes.items()}
+    done, total = 0, sum(checkpoint.tensors[name].num_bytes for name in names)
+    for name, tensor in read_tensors(checkpoint, config, names, device):
+        place = places[_our_source(checkpoint, name)]
+        target = weights[place.parameter]
+        target[place.row : place.row + place.shape[0]].copy_(tensor)
+        done += checkpoint.tensors[name].num_bytes
+        if progress is not None:
+            progress(done, total)
+    return weights
+
+
+def random_weights(
+    config: ModelConfig, *, device: torch.device, dtype: torch.dtype, seed: int
+) -> dict[str, Tensor]:
+    """Weights drawn on the device, scaled so that activations stay of order one."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return {
+        name: _random(name, shape, generator, dtype)
+        for name, shape in parameter_shapes(config).items()
+    }
+
+
+def _random(
+    name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    device = generator.device
+    if name.endswith("norm"):
+        return torch.ones(shape, device=device, dtype=dtype)
+    if name.endswith("bias"):
+        return torch.zeros(shape, device=device, dtype=dtype)
+    # φ's matrices are [in, out], ours [out, in]; φ's weights of tokens are [heads, tokens].
+    fan_in = shape[-2] if ".phi_" in name and not name.endswith("_k.position") else shape[-1]
+    tensor = torch.empty(shape, device=device, dtype=dtype)
+    return tensor.normal_(0, fan_in**-0.5, generator=generator)
+
+
+def _expected_names(
+    checkpoint: Checkpoint, config: ModelConfig, places: dict[str, Placement]
+) -> list[str]:
+    """The checkpoint's tensors that have a place, checked: all there, none over, shapes right."""
+    named = {_our_source(checkpoint, name): name for name in checkpoint.tensors}
+    for source in places:
+        if source not in named:
+            raise CheckpointError(f"{checkpoint.path}: {source} is missing")
+    for source, name in named.items():
+        entry = checkpoint.tensors[name]
+        if source in places:
+            _check_entry(checkpoint, name, entry, places[source])
+        elif not _may_be_ignored(source, config):
+            raise CheckpointError(f"{entry.file}: {name} has no place in this model")
+    return [named[source] for source in places]
+
+
+def _check_entry(checkpoint: Checkpoint, name: str, entry: TensorEntry, place: Placement) -> None:
+    if entry.shape != place.shape:
+        raise CheckpointError(
+            f"{entry.file}: {name} has shape {list(entry.shape)}, "
+            f"the configuration makes it {list(place.shape)}"
+        )
+    if checkpoint.format is CheckpointFormat.SAFETENSORS and entry.dtype not in _FLOATS:
+        raise CheckpointError(f"{entry.file}: {name} is {entry.dtype}, which is not supported")
+
+
+def _may_be_ignored(source: str, config: ModelConfig) -> bool:
+    if source == "lm_head.weight":
+        return config.tie_embeddings
+    if ".self_attn.compress_" in source:
+        # Served dense: φ is of no use.
+        return config.nsa is None and config.family == "nsa_serve"
+    return source.endswith(_DERIVED)
+
+
+def _our_source(checkpoint: Checkpoint, name: str) -> str:
+    return hf_tensor_name(name) if checkpoint.format is CheckpointFormat.GGUF else name
+
+
+def read_tensors(
+    checkpoint: Checkpoint, config: ModelConfig, names: list[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """(the checkpoint's name, the tensor) of each of ``names``, file by file."""
+    if checkpoint.format is CheckpointFormat.GGUF:
+        for name in names:
+            yield name, _read_gguf(checkpoint, config, name)
+        return
+    by_file = sorted(names, key=lambda name: _position(checkpoint.tensors[name]))
+    for file, group in groupby(by_file, key=lambda name: checkpoint.tensors[name].file):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for name in group:
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+
+
+def _position(entry: TensorEntry) -> tuple[str, int]:
+    return str(entry.file), entry.offset
+
+
+def _read_gguf(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Tensor:
+    entry = checkpoint.tensors[name]
+    raw = np.fromfile(entry.file, np.uint8, entry.num_bytes, offset=entry.offset)
+    type_ = gguf.GGMLQuantizationType[entry.dtype]
+    try:
+        rows = gguf.quants.dequantize(raw.reshape(*_byte_shape(entry)), type_)
+    except NotImplementedError as error:
+        raise CheckpointError(f"{entry.file}: {name} is {entry.dtype}: {error}") from error
+    tensor = torch.from_numpy(np.asarray(rows, np.float32)).reshape(entry.shape)
+    heads = {"attn_q": config.num_q_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
+    if heads and checkpoint.config["model_type"] in PERMUTED:
+        return undo_rope_permutation(tensor, heads)
+    return tensor
+
+
+def _byte_shape(entry: TensorEntry) -> tuple[int, int]:
+    """(rows, bytes) with several of the tensor's rows in one.
+
+    The library works on 16 rows at a time; with short rows its overhead is most of the load.
+    """
+    rows, merged = math.prod(entry.shape[:-1]), 1
+    while rows % (2 * merged) == 0 and 2 * merged * entry.shape[-1] <= _DEQUANTISED_ROW:
+        merged *= 2
+    return rows // merged, entry.num_bytes // rows * merged
+
+
+def undo_rope_permutation(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of a q or k projection of llama.cpp's order (rotated pairs adjacent), halves paired.
+
+    ``tensor`` is a weight [heads·D, in] or a bias [heads·D].
+    """
+    pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])  # [heads, D/2, 2, ...]
+    return pairs.transpose(1, 2).reshape(tensor.shape)
