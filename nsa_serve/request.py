@@ -128,6 +128,10 @@ class Request:
     finish_reason: FinishReason | None = None
     row: int | None = None  # row in the runner's tables while it runs
     first_scheduled: float | None = None
+    index: int = 0  # order of acceptance: unique in an engine, breaks ties
+    limit: int = 0  # total tokens at which it ends by length
+    last_step: int = -1  # last launched step that reads or writes its blocks
+    prompt_logprobs_to: int = 0  # first position whose log-probability was not given out yet
 
     @property
     def num_prompt(self) -> int:

@@ -1,0 +1,366 @@
+"""Decides each step on the CPU: who runs, how many tokens, in which blocks; and what a step ended.
+
+There is no prefill and no decode: a request's ``num_computed`` catches up with its
+``num_tokens`` under one token budget, and chunked prefill, prefix hits and resumption after
+preemption all follow from that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import msgspec
+
+from ..cache.manager import CacheManager, Match
+from ..config import ScheduleConfig
+from ..errors import NSAServeError
+from ..request import EngineRequest, FinishReason, Request, RequestStatus, TokenLogprob
+from ..stats import EngineStats, StatsSnapshot
+from .draft import Draft
+from .plan import PromptLogprobs, SampledToken, ScheduledChunk, StepPlan, StepResult
+from .roster import Roster
+
+
+class StepUpdate(msgspec.Struct, frozen=True):
+    """What an applied step brought one request. ``finish_reason`` is set on the last one."""
+
+    request: Request
+    new_token_ids: list[int]
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: PromptLogprobs | None = None  # the next piece; pieces never overlap
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the one of ``stop_token_ids`` that matched; None for eos
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    plan: StepPlan
+    requests: list[Request]  # of the chunks; ids may have been given anew since
+
+
+class Scheduler:
+    """Owner of all requests' states. Every accepted request ends exactly once.
+
+    ``depth`` is how many steps may be launched and not yet applied when ``schedule`` is called.
+    A request's blocks are given back only after the last launched step that uses them.
+    """
+
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        cache: CacheManager,
+        *,
+        max_model_len: int,
+        token_budget: int,
+        eos_token_ids: frozenset[int],
+        depth: int = 0,
+    ) -> None:
+        assert token_budget > 0, f"a step needs a token, got a budget of {token_budget}"
+        self.stats = EngineStats()
+        self._cache = cache
+        self._token_budget = token_budget
+        self._eos_token_ids = eos_token_ids
+        self._depth = depth
+        self._roster = Roster(config, cache, max_model_len, self.stats)
+        self._launched: deque[_Launched] = deque()
+        self._next_step = 0
+        self._blocked: tuple[int, int] | None = None  # first in the queue, and room it didn't fit
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request hasn't ended or a launched step hasn't been applied."""
+        return bool(self._roster.requests or self._launched)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._roster.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._roster.num_waiting
+
+    def add(self, request: EngineRequest, now: float) -> Request:
+        """Accept a request into the queue.
+
+        Raises ``InvalidParameter`` (empty prompt, id in use), ``PromptTooLong`` (more than the
+        context, or than the whole cache, can hold) or ``Overloaded`` (the queue is full).
+        """
+        try:
+            return self._roster.add(request, now)
+        except NSAServeError:
+            self.stats.num_rejected += 1
+            raise
+
+    def abort(self, request_id: str, now: float) -> Request | None:
+        """End a request at once. None if it has ended already or never was."""
+        return self.finish(request_id, FinishReason.ABORT, now)
+
+    def finish(self, request_id: str, reason: FinishReason, now: float) -> Request | None:
+        """End a request for a reason found outside, such as a stop string. None if it had ended."""
+        request = self._roster.requests.get(request_id)
+        if request is not None:
+            self._roster.end(request, reason, now)
+        return request
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all shared content. Requests that run go on, but publish nothing more."""
+        self._roster.queue.wake(self._cache.reset())
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None if nothing can run before the launched step is applied."""
+        assert len(self._launched) <= self._depth, "apply a step before scheduling another"
+        draft = Draft(self._next_step, self._token_budget)
+        prefills = self._place_decodes(draft, now)
+        self._place_prefills(draft, prefills, now)
+        if draft.chunks:
+            return self._launch(draft)
+        assert self._launched or not self._roster.requests, "requests wait, but none can ever run"
+        return None
+
+    def apply(self, result: StepResult, now: float) -> list[StepUpdate]:
+        """Take in the oldest launched step: new tokens, endings, pages to publish or give back."""
+        launched = self._launched.popleft()
+        plan = launched.plan
+        assert plan.step_id == result.step_id, f"step {plan.step_id} is due, not {result.step_id}"
+        pieces = {piece.request_id: piece for piece in result.prompt_logprobs}
+        tokens = iter(result.tokens)
+        updates: list[StepUpdate] = []
+        for chunk, request in zip(plan.chunks, launched.requests, strict=True):
+            token = next(tokens) if chunk.samples else None
+            piece = pieces.get(request.request_id) if pieces else None
+            update = self._apply_chunk(request, chunk, token, piece, now)
+            if update is not None:
+                updates.append(update)
+        assert next(tokens, None) is None, "more tokens came than chunks sample"
+        self._roster.release(plan.step_id)
+        return updates
+
+    def snapshot(self) -> StatsSnapshot:
+        """All counters and gauges at this moment."""
+        return self.stats.snapshot(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_blocks=self._cache.num_blocks,
+            num_blocks_in_use=self._cache.num_in_use,
+            num_blocks_cached=self._cache.num_cached,
+        )
+
+    def check(self) -> None:
+        """The cache's books, each request in exactly one place, every token in flight awaited."""
+        self._cache.check()
+        self._roster.check()
+        self._check_in_flight()
+
+    def _check_in_flight(self) -> None:
+        for request in self._roster.requests.values():
+            in_flight = sum(
+                chunk.samples
+                for step in self._launched
+                for chunk, owner in zip(step.plan.chunks, step.requests, strict=True)
+                if owner is request
+            )
+            assert request.num_in_flight == in_flight, f"{request.request_id}: tokens in flight"
+
+    def _place_decodes(self, draft: Draft, now: float) -> list[Request]:
+        """One token for each request that lacks one. Returns those that lack more."""
+        prefills = []
+        for request in tuple(self._roster.running):
+            if request.status is not RequestStatus.RUNNING:  # preempted a moment ago
+                continue
+            num_tokens = request.num_tokens
+            if num_tokens - request.num_computed > 1:
+                prefills.append(request)
+            elif num_tokens < request.limit and draft.left:
+                self._place(draft, request, 1, now)
+        return prefills
+
+    def _place_prefills(self, draft: Draft, prefills: list[Request], now: float) -> None:
+        """Hand out what the decodes left.
+
+        While a prompt longer than half a step is being computed, short ones get at most half of
+        it: neither waits for all of the other. Among the long ones the first goes first.
+        """
+        draft.share = draft.left // 2
+        longs = [request for request in prefills if self._is_long(request)]
+        for request in prefills:
+            if not self._is_long(request):
+                self._place_some(draft, request, draft.spare(longs), now)
+        if not draft.starved:
+            self._admit(draft, prefills, longs, now)
+        for request in sorted(longs, key=self._roster.order):
+            self._place_some(draft, request, draft.left, now)
+
+    def _is_long(self, request: Request) -> bool:
+        return 2 * (request.num_tokens - request.num_computed) > self._token_budget
+
+    def _place_some(self, draft: Draft, request: Request, budget: int, now: float) -> None:
+        num_tokens = min(budget, request.num_tokens - request.num_computed)
+        if num_tokens > 0 and request.status is RequestStatus.RUNNING:
+            self._place(draft, request, num_tokens, now)
+
+    def _place(self, draft: Draft, request: Request, num_tokens: int, now: float) -> None:
+        """Put a request's next tokens into the step, if blocks for them can be had."""
+        new_block_ids = self._extend(draft, request, request.num_computed + num_tokens)
+        if new_block_ids is None:
+            draft.starved = True
+            return
+        if request.row is None:
+            held = self._cache.block_ids(request)
+            hits = held[: len(held) - len(new_block_ids)]
+            draft.start_row(request, self._roster.take_row(request, now), hits)
+        draft.place(request, num_tokens, new_block_ids)
+
+    def _extend(self, draft: Draft, request: Request, num_tokens: int) -> list[int] | None:
+        """Blocks for the first ``num_tokens`` tokens, from newer requests if need be.
+
+        None: not now. Blocks on their way back are waited for before more are taken away.
+        """
+        while (new_block_ids := self._cache.extend(request, num_tokens)) is None:
+            if self._roster.retiring or not self._preempt_newer(draft, request):
+                return None
+        return new_block_ids
+
+    def _preempt_newer(self, draft: Draft, request: Request) -> bool:
+        """Preempt the newest request, unless all that are newer than this one are in the step.
+
+        So the oldest always gets its blocks in the end, and alone it fits: it was accepted.
+        """
+        for victim in reversed(self._roster.running):
+            if victim is request:
+                return False
+            if victim.last_step != draft.step_id:
+                self._roster.preempt(victim)
+                draft.starved = True
+                return True
+        return False
+
+    def _admit(
+        self, draft: Draft, prefills: list[Request], longs: list[Request], now: float
+    ) -> None:
+        """Let requests run whose tokens all find room beside what the running ones still need."""
+        if self._roster.queue.peek() is None:
+            return
+        promised = sum(self._num_outstanding(request) for request in prefills)
+        while (
+            (request := self._roster.queue.peek()) is not None
+            and not self._roster.is_full
+            and draft.spare(longs) > 0
+        ):
+            # A spare page for each running request: decodes grow, and preemption costs more.
+            room = self._cache.num_usable - promised - len(self._roster.running)
+            if self._is_blocked(request, room):
+                return
+            match = self._cache.match(request)
+            if self._park(request, match):
+                continue
+            if self._cache.num_pages(request.num_tokens) - len(match.block_ids) > (
+                room - match.num_idle
+            ):
+                self._blocked = request.index, room
+                return
+            self._roster.start(match)
+            if self._is_long(request):
+                longs.append(request)
+            else:
+                self._place_some(draft, request, draft.spare(longs), now)
+            promised += self._num_outstanding(request)
+
+    def _num_outstanding(self, request: Request) -> int:
+        return self._cache.num_pages(request.num_tokens) - self._cache.num_held(request)
+
+    def _is_blocked(self, request: Request, room: int) -> bool:
+        """Whether the first in the queue has been tried in vain with as much room.
+
+        Spares walking a long prompt's pages each step.
+        """
+        if not self._roster.running or self._blocked is None:
+            return False
+        index, tried = self._blocked
+        return index == request.index and room <= tried
+
+    def _park(self, request: Request, match: Match) -> bool:
+        """Let a request wait while one before it computes a page that both need."""
+        awaited = self._cache.awaited(request, match)
+        if awaited is None:
+            return False
+        digest, leader = awaited
+        if self._roster.order(leader) > self._roster.order(request):
+            return False
+        self._roster.queue.park(digest)
+        return True
+
+    def _launch(self, draft: Draft) -> StepPlan:
+        plan = StepPlan(draft.step_id, self._roster.take_freed_rows(), draft.started, draft.chunks)
+        self._next_step += 1
+        self._launched.append(_Launched(plan, draft.requests))
+        self.stats.count_step(self._token_budget - draft.left)
+        return plan
+
+    def _apply_chunk(
+        self,
+        request: Request,
+        chunk: ScheduledChunk,
+        token: SampledToken | None,
+        piece: PromptLogprobs | None,
+        now: float,
+    ) -> StepUpdate | None:
+        if token is not None:
+            assert token.request_id == request.request_id, "tokens are out of the plan's order"
+            request.num_in_flight -= 1
+        if request.status is RequestStatus.FINISHED:
+            return None
+        if token is not None and token.error is not None:
+            return self._fail(request, token.error, now)
+        self._publish(request, chunk)
+        if piece is not None:
+            piece = self._new_piece(request, piece)
+        if token is not None:
+            return self._apply_token(request, token, piece, now)
+        return None if piece is None else StepUpdate(request, [], None, piece)
+
+    def _apply_token(
+        self, request: Request, token: SampledToken, piece: PromptLogprobs | None, now: float
+    ) -> StepUpdate:
+        token_id = token.token_id
+        request.output_token_ids.append(token_id)
+        self.stats.generation_tokens += 1
+        if len(request.output_token_ids) == 1:
+            self.stats.count_prompt(request.num_prompt, request.num_cached)
+        reason, stop_token_id = self._ending(request, token_id)
+        if reason is not None:
+            self._roster.end(request, reason, now)
+        return StepUpdate(request, [token_id], token.logprob, piece, reason, stop_token_id)
+
+    def _ending(self, request: Request, token_id: int) -> tuple[FinishReason | None, int | None]:
+        sampling = request.sampling
+        num_outputs = len(request.output_token_ids)
+        if num_outputs > sampling.min_tokens:
+            if token_id in self._eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP, None
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP, token_id
+        if len(request.prompt_token_ids) + num_outputs >= request.limit:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def _fail(self, request: Request, error: str, now: float) -> StepUpdate:
+        self._cache.retract(request)
+        self._roster.end(request, FinishReason.ERROR, now)
+        return StepUpdate(request, [], finish_reason=FinishReason.ERROR, error=error)
+
+    def _publish(self, request: Request, chunk: ScheduledChunk) -> None:
+        size = self._cache.page_size
+        stop = chunk.start + chunk.num_tokens
+        if stop // size > chunk.start // size:
+            self._roster.queue.wake(self._cache.publish(request, stop))
+
+    def _new_piece(self, request: Request, piece: PromptLogprobs) -> PromptLogprobs | None:
+        """What wasn't given before the request was preempted and computed its prompt again."""
+        entries = piece.entries[max(0, request.prompt_logprobs_to - piece.start) :]
+        if not entries:
+            return None
+        stop = piece.start + len(piece.entries)
+        request.prompt_logprobs_to = stop
+        return PromptLogprobs(piece.request_id, stop - len(entries), entries)

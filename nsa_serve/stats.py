@@ -1,0 +1,99 @@
+"""Counters of the engine: written by the scheduler, sent to the server as a snapshot."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass, field
+
+import msgspec
+
+from .request import FinishReason
+
+ITERATION_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """All counters at one moment. Counts only grow over an engine's life; gauges say so."""
+
+    num_running: int  # gauge
+    num_waiting: int  # gauge
+    num_blocks: int  # gauge
+    num_blocks_in_use: int  # gauge
+    num_blocks_cached: int  # gauge: held by nobody, kept for their content
+    num_steps: int
+    prefix_queries: int  # tokens looked up in the prefix cache
+    prefix_hits: int  # of them found
+    num_preemptions: int
+    prompt_tokens: int  # of requests that reached their first token
+    cached_tokens: int  # of them taken from the prefix cache
+    generation_tokens: int
+    num_rejected: int  # refused at the door
+    num_finished: dict[str, int]  # by finish reason
+    iteration_buckets: list[int]  # steps by tokens computed: bounds of ITERATION_BUCKETS, then more
+    iteration_tokens: int  # tokens computed in all steps
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the blocks that requests hold, 0 to 1."""
+        return self.num_blocks_in_use / self.num_blocks
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """The running counters; fields as in ``StatsSnapshot``."""
+
+    num_steps: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    num_rejected: int = 0
+    num_finished: Counter[FinishReason] = field(default_factory=Counter)
+    iteration_buckets: list[int] = field(default_factory=lambda: [0] * (len(ITERATION_BUCKETS) + 1))
+    iteration_tokens: int = 0
+
+    def count_step(self, num_tokens: int) -> None:
+        self.num_steps += 1
+        self.iteration_tokens += num_tokens
+        self.iteration_buckets[bisect_left(ITERATION_BUCKETS, num_tokens)] += 1
+
+    def count_lookup(self, num_tokens: int, num_hits: int) -> None:
+        """A prompt was looked up in the prefix cache."""
+        self.prefix_queries += num_tokens
+        self.prefix_hits += num_hits
+
+    def count_prompt(self, num_tokens: int, num_cached: int) -> None:
+        """A request has its first token: its prompt is done."""
+        self.prompt_tokens += num_tokens
+        self.cached_tokens += num_cached
+
+    def snapshot(
+        self,
+        *,
+        num_running: int,
+        num_waiting: int,
+        num_blocks: int,
+        num_blocks_in_use: int,
+        num_blocks_cached: int,
+    ) -> StatsSnapshot:
+        return StatsSnapshot(
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_blocks=num_blocks,
+            num_blocks_in_use=num_blocks_in_use,
+            num_blocks_cached=num_blocks_cached,
+            num_steps=self.num_steps,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
+            num_preemptions=self.num_preemptions,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            generation_tokens=self.generation_tokens,
+            num_rejected=self.num_rejected,
+            num_finished={reason.value: self.num_finished[reason] for reason in FinishReason},
+            iteration_buckets=list(self.iteration_buckets),
+            iteration_tokens=self.iteration_tokens,
+        )

@@ -1,0 +1,132 @@
+"""Random operations on tiny caches: every invariant after each, and every text as if run alone."""
+
+import random
+
+import pytest
+
+from nsa_serve.config import Policy
+from nsa_serve.errors import Overloaded, PromptTooLong
+from nsa_serve.request import FinishReason
+
+from .fake_runner import Harness, make_request, run_alone
+
+OPERATIONS = 2_500  # in each of the four runs
+
+
+def _prompt(draw: random.Random) -> list[int]:
+    """Few families of prompts, so that prefixes are shared, cut short and prolonged."""
+    family = draw.randrange(3)
+    prompt = [family * 10 + i % 7 + 1 for i in range(draw.randrange(1, 40))]
+    return prompt + [draw.randrange(1, 50) for _ in range(draw.choice([0, 0, 1, 3]))]
+
+
+class Fuzz:
+    def __init__(self, draw: random.Random, policy: Policy, depth: int) -> None:
+        self.draw = draw
+        self.house = Harness(
+            num_blocks=draw.choice([13, 15, 18, 40]),
+            page_size=draw.choice([3, 4, 5]),
+            budget=draw.choice([5, 8, 16, 64]),
+            depth=depth,
+            policy=policy,
+            max_num_seqs=5,
+            max_model_len=64,
+            max_num_queued_reqs=20,
+        )
+        self.requests: dict[str, object] = {}
+        self.live: set[str] = set()
+
+    def add(self) -> None:
+        request_id = f"r{len(self.requests)}"
+        sampling = {
+            "seed": self.draw.randrange(3),
+            "max_tokens": self.draw.randrange(1, 32),
+            "min_tokens": self.draw.choice([0, 0, 5]),
+            "ignore_eos": self.draw.random() < 0.6,
+            "stop_token_ids": self.draw.choice([(), (), (3,), (3, 4)]),
+            "prompt_logprobs": self.draw.choice([None, None, None, 1]),
+            "priority": self.draw.randrange(3),
+            "salt": self.draw.choice(["", "", "", "tenant"]),
+        }
+        prompt = _prompt(self.draw)
+        try:
+            self.house.add(request_id, prompt, **sampling)
+        except (Overloaded, PromptTooLong):
+            return
+        self.requests[request_id] = make_request(request_id, prompt, **sampling)
+        self.live.add(request_id)
+        for _ in range(self.draw.choice([0, 0, 0, 3])):
+            self.choice(prompt, sampling)
+
+    def choice(self, prompt, sampling) -> None:
+        request_id = f"r{len(self.requests)}"
+        try:
+            self.house.add(request_id, prompt, **sampling)
+        except Overloaded:
+            return
+        self.requests[request_id] = make_request(request_id, prompt, **sampling)
+        self.live.add(request_id)
+
+    def end_early(self) -> None:
+        if not self.live:
+            return
+        request_id = self.draw.choice(sorted(self.live))
+        reason = self.draw.choice([FinishReason.ABORT, FinishReason.STOP])
+        assert self.house.scheduler.finish(request_id, reason, self.house.now) is not None
+        self.live.remove(request_id)
+        self.house.scheduler.check()
+        expected = self.expected(request_id)
+        got = self.house.outputs[request_id]
+        assert got == expected[: len(got)]
+
+    def fail(self) -> None:
+        if self.live:
+            self.house.runner.failing.add(self.draw.choice(sorted(self.live)))
+
+    def step(self) -> None:
+        self.house.step()
+        self.settle()
+
+    def settle(self) -> None:
+        for request_id in [r for r in self.live if self.house.is_ended(r)]:
+            self.live.remove(request_id)
+            got, expected = self.house.outputs[request_id], self.expected(request_id)
+            if self.house.reason(request_id) is FinishReason.ERROR:
+                expected = expected[: len(got)]
+            assert got == expected, request_id
+
+    def expected(self, request_id: str) -> list[int]:
+        request = self.requests[request_id]
+        return run_alone(request, request.sampling.seed)
+
+    def operate(self) -> None:
+        kind = self.draw.choices(
+            [self.step, self.add, self.end_early, self.fail, self.reset], [60, 25, 4, 1, 1]
+        )[0]
+        kind()
+
+    def reset(self) -> None:
+        self.house.scheduler.reset_prefix_cache()
+        self.house.scheduler.check()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("policy", list(Policy))
+def test_ten_thousand_random_operations_keep_every_invariant_and_every_text(policy, depth):
+    draw = random.Random(f"{policy}{depth}")
+    totals = {"preempted": 0, "hits": 0, "ended": 0}
+    for _ in range(10):
+        fuzz = Fuzz(draw, policy, depth)
+        for _ in range(OPERATIONS // 10):
+            fuzz.operate()
+        while fuzz.house.scheduler.has_work:
+            fuzz.step()
+        fuzz.house.drain()
+        assert not fuzz.live
+        stats = fuzz.house.scheduler.snapshot()
+        assert sum(stats.num_finished.values()) == len(fuzz.requests)
+        totals["preempted"] += stats.num_preemptions
+        totals["hits"] += stats.prefix_hits
+        totals["ended"] += len(fuzz.requests)
+    # The run is worth something only if it met what it is about.
+    assert min(totals.values()) > 50, totals
