@@ -5,19 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..shapes import PagedKV, StepBatch
-from .paged import (
-    QueryTile,
-    attend_pages,
-    attend_tile,
-    check_queries,
-    gather_pieces,
-    query_tiles,
-    short_tokens,
-)
+from .paged import QueryTile, check_queries, gather_pages, long_rows, short_tokens
+from .softmax_attention import attend_pages, attend_tile, causal_bias
 
 Tensor = torch.Tensor
 
-_TILE = 512
+_TILE = 256
 
 
 def dense_attention(q: Tensor, kv: PagedKV, batch: StepBatch) -> Tensor:
@@ -26,16 +19,15 @@ def dense_attention(q: Tensor, kv: PagedKV, batch: StepBatch) -> Tensor:
     Scores are scaled by 1/√Dk. Padding tokens get 0.
     """
     check_queries(q, kv, batch)
-    out = q.new_zeros(q.shape[0], q.shape[1], kv.v.shape[3])
     tokens = short_tokens(batch)
     if tokens is None:
         return _by_token(q, kv, batch, batch.positions, batch.token_rows)
+    out = q.new_zeros(q.shape[0], q.shape[1], kv.v.shape[3])
     if tokens.numel():
-        out[tokens] = _by_token(
-            q[tokens], kv, batch, batch.positions[tokens], batch.token_rows[tokens]
-        )
-    for tile in query_tiles(batch, _TILE):
-        out[tile.start : tile.stop] = attend_prefix(q, kv, batch, tile)
+        positions, rows = batch.positions[tokens], batch.token_rows[tokens]
+        out[tokens] = _by_token(q[tokens], kv, batch, positions, rows)
+    for row in long_rows(batch):
+        attend_prefix(q, kv, batch, row, out)
     return out
 
 
@@ -46,10 +38,15 @@ def _by_token(q: Tensor, kv: PagedKV, batch: StepBatch, positions: Tensor, rows:
     return attend_pages(q, kv, pages, slots, positions)
 
 
-def attend_prefix(q: Tensor, kv: PagedKV, batch: StepBatch, tile: QueryTile) -> Tensor:
-    """Causal attention of one tile of ``q`` over all tokens of its row up to each: [t, Hq, Dv]."""
-    length = tile.last + 1
-    slots = batch.slot_table[tile.row, None, : -(-length // kv.k.shape[2])]
-    k = gather_pieces(kv.k, slots)[:, :length]
-    v = gather_pieces(kv.v, slots)[:, :length]
-    return attend_tile(q[tile.start : tile.stop], k, v, None)
+def attend_prefix(q: Tensor, kv: PagedKV, batch: StepBatch, part: QueryTile, out: Tensor) -> None:
+    """Causal attention of the tokens of ``part`` over their row's cache, written into ``out``."""
+    slots = batch.slot_table[part.row, None, : -(-(part.last + 1) // kv.k.shape[2])]
+    k, v = gather_pages(kv.k, slots), gather_pages(kv.v, slots)
+    if part.first == 0:
+        keys = slice(0, part.last + 1)
+        out[part.tokens] = attend_tile(q[part.tokens], k[:, keys], v[:, keys], None)
+        return
+    for tile in part.split(_TILE):
+        keys = slice(0, tile.last + 1)
+        bias = causal_bias(range(tile.first, tile.last + 1), range(tile.last + 1), None, q.device)
+        out[tile.tokens] = attend_tile(q[tile.tokens], k[:, keys], v[:, keys], bias)

@@ -1,0 +1,155 @@
+"""Attention over compressed entries, and from the same scores the selected blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from ..contracts import check
+from ..shapes import CompressedKV, NSAShape, StepBatch
+from .paged import QueryTile, check_queries, gather_pages, long_rows, short_tokens
+from .select_blocks import select_blocks, spread_over_blocks
+
+Tensor = torch.Tensor
+
+# Scores that one pass may hold. Passes get smaller as contexts grow, so scratch doesn't.
+_SCORE_BUDGET = 1 << 19
+
+
+def compressed_attention(
+    q: Tensor,
+    compressed: CompressedKV,
+    batch: StepBatch,
+    *,
+    nsa: NSAShape,
+    with_output: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """Attention of ``q`` [T, Hq, Dk] over visible entries, and the blocks it selects.
+
+    Returns the output [T, Hq, Dv], exactly 0 where no entry is visible, or None unless
+    ``with_output``; and the selection [T, Hkv, n] int32, ascending, −1 padded (paper, equations
+    7-12). Scores, scaled by 1/√Dk, and softmax are fp32. Tokens with t + 1 ≤ n·P select every
+    block; where all tokens are so and no output is wanted, scores aren't computed.
+    """
+    check_queries(q, compressed, batch)
+    check(
+        compressed.k.shape[2] == nsa.entries_per_page,
+        "the cache has another number of entries per page",
+        k=compressed.k,
+        nsa=nsa,
+    )
+    out = q.new_zeros(q.shape[0], q.shape[1], compressed.v.shape[3]) if with_output else None
+    selection = _every_block(batch.positions, compressed.k.shape[1], nsa)
+    if batch.max_context_len <= nsa.dense_len and out is None:
+        return out, selection
+    tokens = short_tokens(batch)
+    if tokens is None:
+        tokens = torch.arange(q.shape[0], device=q.device)
+    for part in torch.split(tokens, _tokens_per_pass(q, batch.max_context_len, nsa)):
+        _by_token(q, compressed, batch, part, out, selection, nsa)
+    for row in long_rows(batch):
+        _attend_row(q, compressed, batch, row, out, selection, nsa)
+    return out, selection
+
+
+def _tokens_per_pass(q: Tensor, context_len: int, nsa: NSAShape) -> int:
+    entries = max(1, nsa.num_visible(context_len - 1))
+    return max(1, _SCORE_BUDGET // (q.shape[1] * entries))
+
+
+def _every_block(positions: Tensor, num_kv_heads: int, nsa: NSAShape) -> Tensor:
+    """Blocks 0 … t//P of each token, cut at n: [T, Hkv, n]."""
+    blocks = torch.arange(nsa.num_selected, device=positions.device, dtype=torch.int32)
+    beyond = blocks > (positions // nsa.page)[:, None]
+    return blocks.where(~beyond, -1)[:, None].repeat(1, num_kv_heads, 1)
+
+
+def _num_visible(positions: Tensor, nsa: NSAShape) -> Tensor:
+    ends = positions + 1 - nsa.compress_len
+    return (ends // nsa.compress_stride + 1).clamp(min=0)  # floor division: 0 below l tokens
+
+
+def _by_token(
+    q: Tensor,
+    compressed: CompressedKV,
+    batch: StepBatch,
+    tokens: Tensor,
+    out: Tensor | None,
+    selection: Tensor,
+    nsa: NSAShape,
+) -> None:
+    """Tokens ``tokens`` [t], each over its own row's entries."""
+    positions, rows = batch.positions[tokens], batch.token_rows[tokens].long()
+    num_pages = -(-batch.max_context_len // nsa.page)
+    blocks = batch.block_table[rows, None, :num_pages]  # [t, 1, m]
+    entries = slice(nsa.overlap - 1, None)
+    k = gather_pages(compressed.k, blocks)[:, :, entries].float()  # [t, Hkv, C, Dk]
+    index = torch.arange(k.shape[2], device=q.device)
+    hidden = index >= _num_visible(positions, nsa)[:, None]  # [t, C]
+    queries = torch.unflatten(q[tokens].float(), 1, (k.shape[1], -1))  # [t, Hkv, G, Dk]
+    p = _softmax(queries @ k.transpose(2, 3), hidden[:, None, None], q.shape[2])
+    if out is not None:
+        v = gather_pages(compressed.v, blocks)[:, :, entries].float()
+        attended = p @ v.masked_fill_(hidden[:, None, :, None], 0)
+        out[tokens] = attended.flatten(1, 2).to(out.dtype)
+    if batch.max_context_len > nsa.dense_len:
+        scores = spread_over_blocks(p.sum(2), nsa)
+        selection[tokens] = select_blocks(scores, positions, nsa=nsa)
+
+
+def _attend_row(
+    q: Tensor,
+    compressed: CompressedKV,
+    batch: StepBatch,
+    row: QueryTile,
+    out: Tensor | None,
+    selection: Tensor,
+    nsa: NSAShape,
+) -> None:
+    """The tokens of a row that need scores, in passes, over the row's entries gathered once."""
+    num_visible = nsa.num_visible(row.last)
+    needless = max(0, nsa.compress_len - 1 if out is not None else nsa.dense_len) - row.first
+    if num_visible == 0 or needless >= row.size:
+        return
+    skipped = max(0, needless)
+    part = QueryTile(row.row, row.start + skipped, row.stop, row.first + skipped)
+    blocks = batch.block_table[row.row, None, : -(-(row.last + 1) // nsa.page)]
+    entries = slice(nsa.overlap - 1, nsa.overlap - 1 + num_visible)
+    k = gather_pages(compressed.k, blocks)[:, entries].float()
+    v = None if out is None else gather_pages(compressed.v, blocks)[:, entries].float()
+    for tile in part.split(_tokens_per_pass(q, row.last + 1, nsa)):
+        visible = nsa.num_visible(tile.last)
+        p = _tile_softmax(q[tile.tokens], k[:, :visible], tile, nsa)  # [Hkv, G, t, C]
+        if out is not None and v is not None:
+            attended = p.flatten(1, 2) @ v[:, :visible]
+            attended = torch.unflatten(attended, 1, (-1, tile.size)).permute(2, 0, 1, 3)
+            out[tile.tokens] = attended.flatten(1, 2).to(out.dtype)
+        if tile.last >= nsa.dense_len:
+            scores = spread_over_blocks(p.sum(1).transpose(0, 1), nsa)
+            positions = batch.positions[tile.tokens]
+            selection[tile.tokens] = select_blocks(scores, positions, nsa=nsa)
+
+
+def _tile_softmax(q: Tensor, k: Tensor, tile: QueryTile, nsa: NSAShape) -> Tensor:
+    """Softmax [Hkv, G, t, C] of ``q`` [t, Hq, Dk] over visible entries of ``k`` [Hkv, C, Dk]."""
+    queries = torch.unflatten(q.float(), 1, (k.shape[0], -1)).permute(1, 2, 0, 3)
+    scores = queries.flatten(1, 2) @ k.transpose(1, 2)
+    scores = torch.unflatten(scores, 1, (-1, tile.size))
+    # Entries that the first token sees are visible to all.
+    first = nsa.num_visible(tile.first)
+    positions = torch.arange(tile.first, tile.last + 1, device=q.device)
+    index = torch.arange(first, k.shape[1], device=q.device)
+    hidden = index >= _num_visible(positions, nsa)[:, None]
+    return _softmax(scores, hidden, q.shape[2], first)
+
+
+def _softmax(scores: Tensor, hidden: Tensor, width: int, first: int = 0) -> Tensor:
+    """fp32 softmax of scaled scores [..., C] but for ``hidden`` ones, given from ``first`` on.
+
+    Rows with every score hidden give 0.
+    """
+    scores.mul_(width**-0.5)
+    scores[..., first:].masked_fill_(hidden, -torch.inf)
+    p = scores.softmax(-1)
+    if first == 0:
+        p.masked_fill_(hidden.all(-1, keepdim=True), 0)
+    return p

@@ -1,0 +1,169 @@
+"""Attention over the selected blocks (paper, section 3.3.2)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..contracts import check
+from ..shapes import NSAShape, PagedKV, StepBatch
+from .dense_attention import attend_prefix
+from .paged import QueryTile, check_queries, gather_pages, long_rows, short_tokens
+from .softmax_attention import attend_pages, attend_tile
+
+Tensor = torch.Tensor
+
+# Larger tiles share more loads and read more blocks that few of their tokens chose.
+_TILE = 32
+
+
+def selected_attention(
+    q: Tensor,
+    kv: PagedKV,
+    selection: Tensor,
+    batch: StepBatch,
+    *,
+    nsa: NSAShape,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Attention of ``q`` [T, Hq, Dk] over each token's selected blocks, causal: [T, Hq, Dv].
+
+    ``selection`` [T, Hkv, n] holds block indices within the request, ascending, −1 for none.
+    ``slots`` [T, Hkv, n] says where those pages are on the device; None: the slot table does.
+    A token without blocks, such as padding, gets 0.
+    """
+    check_queries(q, kv, batch)
+    expected = (q.shape[0], kv.k.shape[1], nsa.num_selected)
+    check(selection.shape == expected, "selection is not [T, Hkv, n]", selection=selection)
+    check(slots is None or slots.shape == expected, "slots are not [T, Hkv, n]", slots=slots)
+    check(kv.k.shape[2] == nsa.page, "the cache has another page size", k=kv.k, P=nsa.page)
+    tokens = short_tokens(batch)
+    if tokens is None:
+        return _by_token(q, kv, batch, selection, slots, batch.positions, batch.token_rows)
+    out = q.new_zeros(q.shape[0], q.shape[1], kv.v.shape[3])
+    if tokens.numel():
+        positions, rows = batch.positions[tokens], batch.token_rows[tokens]
+        given = None if slots is None else slots[tokens]
+        out[tokens] = _by_token(q[tokens], kv, batch, selection[tokens], given, positions, rows)
+    for row in long_rows(batch):
+        _attend_row(q, kv, selection, slots, batch, row, out)
+    return out
+
+
+def _by_token(
+    q: Tensor,
+    kv: PagedKV,
+    batch: StepBatch,
+    selection: Tensor,
+    slots: Tensor | None,
+    positions: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    if slots is None:
+        slots = batch.slot_table[rows.long()[:, None, None], selection.clamp(min=0).long()]
+    return attend_pages(q, kv, selection, slots, positions)
+
+
+def _attend_row(
+    q: Tensor,
+    kv: PagedKV,
+    selection: Tensor,
+    slots: Tensor | None,
+    batch: StepBatch,
+    row: QueryTile,
+    out: Tensor,
+) -> None:
+    dense = _dense_start(selection, slots, batch, row, kv.k.shape[2])
+    if dense:
+        start = QueryTile(row.row, row.start, row.start + dense, row.first)
+        attend_prefix(q, kv, batch, start, out)
+    rest = QueryTile(row.row, row.start + dense, row.stop, row.first + dense)
+    for tile in rest.split(_TILE):
+        out[tile.tokens] = _attend_union(q, kv, selection, slots, batch, tile)
+
+
+def _dense_start(
+    selection: Tensor, slots: Tensor | None, batch: StepBatch, row: QueryTile, page: int
+) -> int:
+    """How many tokens at the row's start chose every block, so that attention is plainly causal."""
+    if slots is not None or row.first >= selection.shape[-1] * page:
+        return 0
+    chosen = (selection[row.tokens] >= 0).sum(-1)
+    candidates = batch.positions[row.tokens] // page + 1
+    whole = (chosen == candidates[:, None]).all(-1)
+    return int(whole.int().cumprod(0).sum())
+
+
+def _attend_union(
+    q: Tensor,
+    kv: PagedKV,
+    selection: Tensor,
+    slots: Tensor | None,
+    batch: StepBatch,
+    tile: QueryTile,
+) -> Tensor:
+    """Attention of a tile over the union of its tokens' blocks, each KV head with its own."""
+    page, num_blocks = kv.k.shape[2], tile.last // kv.k.shape[2] + 1
+    chosen = selection[tile.tokens].transpose(0, 1).long()  # [Hkv, t, n]
+    chosen = chosen.masked_fill(chosen < 0, num_blocks)
+    # 0 where a token chose a block, −inf elsewhere and in the last column, which stands for none.
+    bias = torch.full((*chosen.shape[:2], num_blocks + 1), -torch.inf, device=q.device)
+    bias.scatter_(2, chosen, 0.0)[..., num_blocks] = -torch.inf
+    columns = _union(bias[..., :num_blocks])  # [Hkv, u]
+    # A head with fewer blocks than another reads its first one again, unseen.
+    blocks = columns.where(columns < num_blocks, columns.amin(1, keepdim=True)).clamp(
+        max=num_blocks - 1
+    )
+    where = _slots_of(blocks, chosen, slots, batch, tile)
+    k, v = gather_pages(kv.k, where), gather_pages(kv.v, where)
+    bias = bias.gather(2, columns[:, None].expand(-1, tile.size, -1))
+    bias = bias.repeat_interleave(page, dim=2)  # [Hkv, t, u·P]
+    _hide_future(bias, columns, tile, page)
+    _clear_unwritten(k, v, blocks, int(batch.context_lens[tile.row]), page)
+    out = attend_tile(q[tile.tokens], k, v, bias[:, None])
+    nothing = (chosen == num_blocks).all(-1).t()  # [t, Hkv]
+    torch.unflatten(out, 1, (blocks.shape[0], -1)).masked_fill_(nothing[..., None, None], 0)
+    return out
+
+
+def _union(bias: Tensor) -> Tensor:
+    """Blocks [Hkv, u] that some token of the tile chose, latest first, then fillers.
+
+    Heads with fewer blocks than another are filled up with the number of blocks.
+    """
+    num_blocks = bias.shape[2]
+    taken = bias.amax(1) == 0  # [Hkv, blocks]
+    most = max(1, int(taken.sum(1).max()))
+    index = torch.arange(num_blocks, device=bias.device)
+    blocks = index.masked_fill(~taken, -1).topk(most, dim=1).values
+    return blocks.masked_fill_(blocks < 0, num_blocks)
+
+
+def _slots_of(
+    blocks: Tensor, chosen: Tensor, slots: Tensor | None, batch: StepBatch, tile: QueryTile
+) -> Tensor:
+    """Device slots of ``blocks`` [Hkv, u], which the tile's tokens chose."""
+    if slots is None:
+        return batch.slot_table[tile.row][blocks]
+    table = slots.new_zeros(chosen.shape[0], int(torch.max(chosen.max(), blocks.max())) + 1)
+    table.scatter_(1, chosen.flatten(1), slots[tile.tokens].transpose(0, 1).flatten(1))
+    return table.gather(1, blocks)
+
+
+def _hide_future(bias: Tensor, columns: Tensor, tile: QueryTile, page: int) -> None:
+    """Mask, in ``bias`` [Hkv, t, u·P], the keys after each token; they are in the latest blocks."""
+    latest = tile.last // page - tile.first // page + 1
+    offsets = torch.arange(page, device=bias.device)
+    keys = (columns[:, :latest, None] * page + offsets).flatten(1)  # [Hkv, keys]
+    positions = torch.arange(tile.first, tile.last + 1, device=bias.device)
+    future = keys[:, None] > positions[:, None]
+    bias[..., : keys.shape[1]].masked_fill_(future, -torch.inf)
+
+
+def _clear_unwritten(k: Tensor, v: Tensor, blocks: Tensor, context_len: int, page: int) -> None:
+    """Zero gathered keys and values beyond the context: a masked NaN would still be a NaN."""
+    if int(blocks.max() + 1) * page <= context_len:
+        return
+    keys = (blocks[..., None] * page + torch.arange(page, device=k.device)).flatten(1)
+    unwritten = (keys >= context_len)[..., None]
+    k.masked_fill_(unwritten, 0)
+    v.masked_fill_(unwritten, 0)
