@@ -44,7 +44,9 @@ def compressed_attention(
     tokens = short_tokens(batch)
     if tokens is None:
         tokens = torch.arange(q.shape[0], device=q.device)
-    for part in torch.split(tokens, _tokens_per_pass(q, batch.max_context_len, nsa)):
+    step = _tokens_per_pass(q, batch.max_context_len, nsa)
+    for start in range(0, tokens.shape[0], step):
+        part = tokens[start : start + step]
         _by_token(q, compressed, batch, part, out, selection, nsa)
     for row in long_rows(batch):
         _attend_row(q, compressed, batch, row, out, selection, nsa)

@@ -92,6 +92,7 @@ def gather_pages(cache: Tensor, slots: Tensor) -> Tensor:
     # runs, several times as fast as element by element.
     last = (cache.shape[0] - 1) * by_slot + (heads - 1) * by_head
     table = cache.as_strided((last // piece + 1, piece), (piece, 1), cache.storage_offset())
-    of_head = torch.arange(0, heads * by_head // piece, by_head // piece, device=cache.device)
-    index = slots * (by_slot // piece) + of_head[:, None]
-    return table.index_select(0, index.flatten()).view(*index.shape[:-1], -1, dim)
+    of_head = torch.arange(heads, device=cache.device)[:, None] * (by_head // piece)
+    index = slots * (by_slot // piece) + of_head
+    pages = table.index_select(0, index.flatten())
+    return pages.view(*index.shape[:-1], index.shape[-1] * rows, dim)
