@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..config import AttentionMode
+from ..errors import ConfigError
 from ..kernels.shapes import CompressKind, NSAShape
 
 
@@ -69,3 +71,36 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads per KV head, G."""
         return self.num_q_heads // self.num_kv_heads
+
+
+def with_attention(config: ModelConfig, mode: AttentionMode) -> ModelConfig:
+    """``config`` as ``--attention`` serves it.
+
+    A dense checkpoint served as NSA gets mean pooling and fixed gates: equal to its dense self up
+    to n·P tokens, untrained beyond. Raises ``ConfigError`` for a checkpoint with learned gates
+    served dense, since its weights mean nothing without its other branches.
+    """
+    if mode is AttentionMode.NSA:
+        return config if config.nsa is not None else replace(config, nsa=NSAConfig())
+    if mode is AttentionMode.DENSE and config.nsa is not None:
+        if config.nsa.gated:
+            raise ConfigError(
+                "--attention dense can't serve a checkpoint trained with gated NSA; use auto or nsa"
+            )
+        return replace(config, nsa=None)
+    return config
+
+
+def with_context(config: ModelConfig, max_model_len: int | None) -> ModelConfig:
+    """``config`` for contexts of ``max_model_len`` tokens (None: all the checkpoint can do).
+
+    Raises ``ConfigError`` where the checkpoint's positions end before.
+    """
+    if max_model_len is None:
+        return config
+    if max_model_len > config.max_position:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} exceeds the checkpoint's context of "
+            f"{config.max_position} tokens"
+        )
+    return replace(config, max_position=max_model_len)

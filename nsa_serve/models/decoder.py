@@ -98,6 +98,11 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, step: StepInputs) -> Tensor:
+        """Logits [R, V] fp32 of the tokens ``step.logits_index`` [R]."""
+        return self.logits(self.hidden(step)[step.logits_index])
+
+    @torch.inference_mode()
+    def hidden(self, step: StepInputs) -> Tensor:
         """Hidden states [T, H] after the last norm, of every token of the step."""
         ops, eps = self.ops, self.config.rms_norm_eps
         cos, sin = self.rotary(step.batch.positions)
