@@ -1,0 +1,190 @@
+"""One step on one device: tables, forward pass, sampling. ``launch`` queues, ``result`` waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..memory.device_pool import DevicePool
+from ..models.step import StepInputs
+from ..schedule.plan import SampledToken, ScheduledChunk, StepPlan, StepResult
+from .graphs import GraphSet
+from .inputs import StepBuffers, StepShape
+from .prompt_logprobs import PromptRows, PromptSpan, prompt_entries
+from .sampler import LogprobTensors, Sampled, Sampler
+from .staging import StepSizes, Tensors, record_event, to_device
+
+# Logits of so many prompt tokens exist at a time: a chunk's would be gigabytes.
+_LOGITS_TILE = 128
+NO_FINITE_LOGITS = "the model gave no finite logits for this request"
+
+
+class Model(Protocol):
+    """What the runner asks of a model."""
+
+    def hidden(self, step: StepInputs) -> torch.Tensor:
+        """Hidden states [T, H] of every token of the step."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] fp32 of hidden states [R, H]."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A launched step; its tensors are on the host once ``done`` has come (None: already)."""
+
+    plan: StepPlan
+    sampled: Sampled | None
+    spans: list[PromptSpan]
+    prompt_logprobs: LogprobTensors | None
+    done: torch.cuda.Event | None
+
+    def result(self) -> StepResult:
+        """What came of the step, after waiting for it alone."""
+        if self.done is not None:
+            self.done.synchronize()
+        tokens = [] if self.sampled is None else _tokens(self.plan, self.sampled)
+        prompts = prompt_entries(self.spans, self.prompt_logprobs)
+        return StepResult(self.plan.step_id, tokens, prompts)
+
+
+def _tokens(plan: StepPlan, sampled: Sampled) -> list[SampledToken]:
+    ids = [chunk.request_id for chunk in plan.chunks if chunk.samples]
+    tokens = sampled.tokens.tolist()
+    logprobs = {}
+    if sampled.logprobs is not None:
+        entries = sampled.logprobs.entries(sampled.logprob_counts)
+        logprobs = dict(zip(sampled.logprob_rows, entries, strict=True))
+    return [
+        SampledToken(request_id, token, logprobs.get(at))
+        if token >= 0
+        else SampledToken(request_id, token, error=NO_FINITE_LOGITS)
+        for at, (request_id, token) in enumerate(zip(ids, tokens, strict=True))
+    ]
+
+
+class ModelRunner:
+    """Runs plans, one after the other; the room of step tensors, sampling state and graphs."""
+
+    def __init__(
+        self,
+        model: Model,
+        pool: DevicePool,
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        max_rows: int,
+        max_tokens: int,
+        max_model_len: int,
+        use_graphs: bool,
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.buffers = StepBuffers(
+            pool, max_rows=max_rows, max_tokens=max_tokens, max_model_len=max_model_len
+        )
+        self.sampler = Sampler(
+            vocab_size, max_rows=max_rows, eos_token_ids=eos_token_ids, device=pool.device
+        )
+        self.prompts = PromptRows()
+        self.graphs = GraphSet(self._forward_all, self.buffers) if use_graphs else None
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Queue a step on the device; on the CPU, run it."""
+        assert not plan.moves, "this runner has no host tier to move blocks to"
+        self._change_rows(plan)
+        if not plan.chunks:
+            return PendingStep(plan, None, [], None, None)
+        spans = self.prompts.spans(plan.chunks)
+        samples = [chunk for chunk in plan.chunks if chunk.samples]
+        size = self._graph_size(plan.chunks, samples, spans)
+        fields, shape = self._stage(plan.chunks, samples, spans, size)
+        if self.graphs is not None and size is not None:
+            logits, prompt_hidden = self.graphs.run(fields, shape), None
+        else:
+            logits, prompt_hidden = self._forward(fields, shape)
+        sampled = None
+        if samples:
+            at_samples = logits[: len(samples)]
+            sampled = self.sampler.sample(at_samples, fields, samples, self.buffers.last_tokens)
+        logprobs = self._prompt_logprobs(prompt_hidden, spans)
+        done = record_event() if self.pool.device.type == "cuda" else None
+        return PendingStep(plan, sampled, spans, logprobs, done)
+
+    def _change_rows(self, plan: StepPlan) -> None:
+        for row in plan.freed_rows:
+            self.sampler.free(row)
+            self.prompts.free(row)
+        for start in plan.started:
+            self.sampler.start(start)
+            self.prompts.start(start)
+        self.buffers.update_tables(plan)
+
+    def _stage(
+        self,
+        chunks: Sequence[ScheduledChunk],
+        samples: Sequence[ScheduledChunk],
+        spans: Sequence[PromptSpan],
+        graph_size: int | None,
+    ) -> tuple[Tensors, StepShape]:
+        """The step's arrays on the device, padded to ``graph_size`` rows, and their sizes."""
+        if graph_size is None:
+            sizes = _sizes(chunks, samples, spans)
+        else:
+            sizes = StepSizes(graph_size, graph_size, graph_size, len(samples))
+        host = self.buffers.staging.open(sizes)
+        shape = self.buffers.fill(host, sizes, chunks, [span.span for span in spans])
+        self.sampler.fill(host, samples)
+        return self.buffers.staging.send(sizes), shape
+
+    def _forward(self, fields: Tensors, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits of the samples, hidden states of the spans' tokens)."""
+        inputs = self.buffers.inputs(fields, shape)
+        hidden = self.model.hidden(inputs)[inputs.logits_index]
+        num_samples = shape.sizes.samples
+        return self.model.logits(hidden[:num_samples]), hidden[num_samples:]
+
+    def _forward_all(self, inputs: StepInputs) -> torch.Tensor:
+        return self.model.logits(self.model.hidden(inputs)[inputs.logits_index])
+
+    def _graph_size(
+        self,
+        chunks: Sequence[ScheduledChunk],
+        samples: Sequence[ScheduledChunk],
+        spans: Sequence[PromptSpan],
+    ) -> int | None:
+        """Padded rows where a graph serves the step: one token a row, each sampled from."""
+        if self.graphs is None or spans or len(samples) < len(chunks):
+            return None
+        if any(chunk.num_tokens != 1 for chunk in chunks):
+            return None
+        return self.graphs.size_for(len(chunks))
+
+    def _prompt_logprobs(
+        self, hidden: torch.Tensor | None, spans: Sequence[PromptSpan]
+    ) -> LogprobTensors | None:
+        """Of the spans' targets; a tile of tokens at a time has its logits made."""
+        if not spans or hidden is None:
+            return None
+        targets = [token for span in spans for token in span.targets]
+        tokens = to_device(np.array(targets, np.int64), self.pool.device)
+        tiles = (
+            (self.model.logits(hidden[at : at + _LOGITS_TILE]), tokens[at : at + _LOGITS_TILE])
+            for at in range(0, len(targets), _LOGITS_TILE)
+        )
+        return self.sampler.logprobs(tiles, top=max(span.num_alternatives for span in spans))
+
+
+def _sizes(
+    chunks: Sequence[ScheduledChunk],
+    samples: Sequence[ScheduledChunk],
+    spans: Sequence[PromptSpan],
+) -> StepSizes:
+    num_tokens = sum(chunk.num_tokens for chunk in chunks)
+    num_logits = len(samples) + sum(span.span.count for span in spans)
+    return StepSizes(num_tokens, len(chunks), num_logits, len(samples))
