@@ -4,7 +4,7 @@ import pytest
 
 from nsa_serve.config import Policy
 from nsa_serve.errors import InvalidParameter, Overloaded, PromptTooLong
-from nsa_serve.request import FinishReason, RequestStatus
+from nsa_serve.request import FinishReason, Request, RequestStatus, SamplingParams
 
 from .fake_runner import EOS, Harness, make_request, next_token, past_of, run_alone
 
@@ -61,7 +61,8 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one():
     house = Harness(budget=8, num_blocks=128)
     house.add("long", list(range(1, 42)), max_tokens=1)
     for i in range(30):
-        house.add(f"short{i}", [i + 1] * 4, max_tokens=1)
+        for half in "ab":
+            house.add(f"short{i}{half}", [i + 1] * 4, max_tokens=1)
         if not house.is_ended("long"):
             house.step()
     assert house.is_ended("long")
@@ -354,6 +355,7 @@ def test_a_preempted_request_keeps_its_tokens_and_resumes_with_them():
     victim = house.add("b", [2] * 4, seed=7, max_tokens=16, ignore_eos=True)
     while victim.status is not RequestStatus.PREEMPTED:
         house.step()
+    assert victim.num_computed == 0
     kept = len(house.outputs["b"])
     house.drain()
     resumed = [s for plan in house.runner.plans for s in plan.started if s.request_id == "b"][1]
@@ -388,6 +390,54 @@ def test_an_error_ends_its_request_alone_and_poisons_no_page(depth):
     assert house.updates["bad"][-1].error == "logits are NaN"
     assert house.outputs["good"] == alone("", [7, 7, 7], max_tokens=4)
     assert house.add("later", list(range(1, 11)), max_tokens=1).num_cached == 0
+    house.drain()
+
+
+def test_pages_that_a_failed_request_published_earlier_are_withdrawn():
+    house = Harness(budget=4)
+    house.runner.failing.add("bad")
+    house.add("bad", list(range(1, 11)), max_tokens=4)
+    house.drain()
+    assert house.add("later", list(range(1, 11)), max_tokens=1).num_cached == 0
+    house.drain()
+    assert house.scheduler.stats.prefix_hits == 0
+
+
+def test_pages_are_published_when_their_step_is_applied_not_when_it_is_launched():
+    house = Harness(depth=1, budget=8)
+    house.add("a", list(range(1, 18)), max_tokens=4)
+    house.launch()
+    house.launch()
+    house.apply()
+    asked = Request("b", list(range(1, 18)), SamplingParams(), 0.0, index=999)
+    house.cache.add(asked)
+    assert len(house.cache.match(asked).block_ids) == 2
+    house.cache.remove(asked)
+    house.apply()
+    house.drain()
+
+
+def test_a_prompt_that_does_not_fit_beside_the_others_waits_and_preempts_nobody():
+    house = Harness(num_blocks=8, page_size=4, prefix_caching=False)
+    house.add("a", [1] * 16, max_tokens=4, ignore_eos=True)
+    house.step()
+    house.add("b", [2] * 16, max_tokens=4, ignore_eos=True)
+    house.step()
+    assert (house.scheduler.num_running, house.scheduler.num_waiting) == (1, 1)
+    house.drain()
+    assert house.scheduler.stats.num_preemptions == 0
+
+
+def test_blocks_on_their_way_back_are_waited_for_before_another_is_preempted():
+    house = Harness(depth=1, num_blocks=12, page_size=4, prefix_caching=False)
+    for i in range(3):
+        house.add(f"r{i}", [i + 1] * 8, max_tokens=20, ignore_eos=True)
+    stats = house.scheduler.stats
+    while not stats.num_preemptions:
+        house.step()
+    assert stats.num_preemptions == 1
+    house.step()
+    assert stats.num_preemptions == 1
     house.drain()
 
 
