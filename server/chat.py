@@ -1,0 +1,155 @@
+"""``POST /v1/chat/completions``: from messages to an assistant's message, whole or in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from ..request import EngineRequest, RequestOutput, Usage
+from . import replies
+from .logprobs import chat_logprobs, prompt_logprobs
+from .schemas import ChatCompletionRequest
+from .services import FINISH_NAMES, Head, Prepared, Services, UsageOptions, by_prompt
+
+
+def chat_router(services: Services) -> APIRouter:
+    """The route of chat completions."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", response_model=replies.ChatCompletion)
+    async def chat_completions(request: Request) -> Response:
+        """One answer to a conversation (or n of them)."""
+        return await services.generate(
+            request, ChatCompletionRequest, lambda chat: prepare_chat(services, chat)
+        )
+
+    return router
+
+
+def prepare_chat(services: Services, chat: ChatCompletionRequest) -> Prepared:
+    """Check, template and encode: everything before the engine. Runs on a worker thread."""
+    prompts = services.prompts
+    prompts.check_model(chat.model)
+    token_ids = prompts.chat(
+        chat.messages,
+        add_generation_prompt=chat.add_generation_prompt is not False,
+        arguments=chat.chat_template_kwargs,
+    )
+    max_tokens = prompts.fit(len(token_ids), chat.limit, "messages")
+    head = Head.new("chatcmpl", chat.model or services.settings.model_name)
+    requests = [
+        EngineRequest(
+            request_id=f"{head.id}-{choice}",
+            prompt_token_ids=token_ids,
+            sampling=prompts.sampling(
+                chat,
+                max_tokens=max_tokens,
+                logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+                prompt_logprobs=chat.prompt_logprobs,
+                choice=choice,
+            ),
+            priority=chat.priority or 0,
+            cache_salt=chat.cache_salt or "",
+            stream=bool(chat.stream),
+        )
+        for choice in range(chat.num_choices)
+    ]
+    shape = ChatShape(services, chat, head, num_prompt=len(token_ids))
+    return Prepared(requests, shape, bool(chat.stream))
+
+
+class ChatShape:
+    """Words the outputs of one chat request: which choices have begun, and what each has used."""
+
+    def __init__(
+        self, services: Services, chat: ChatCompletionRequest, head: Head, *, num_prompt: int
+    ) -> None:
+        self._texts = services.texts
+        self._num_top = chat.top_logprobs or 0
+        self._num_choices = chat.num_choices
+        self._usage = UsageOptions.of(chat)
+        self._head = head
+        self._num_prompt = num_prompt
+        self._num_generated: dict[int, int] = {}
+
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[replies.Reply]:
+        """The role before a choice's first output, then its text as far as there is any."""
+        if index not in self._num_generated:
+            self._num_generated[index] = 0
+            yield self._chunk(index, replies.Delta(role="assistant", content=""))
+        self._num_generated[index] += len(output.token_ids)
+        if output.text or output.logprobs or output.finish_reason:
+            delta = replies.Delta(content=output.text) if output.text else replies.Delta()
+            yield self._chunk(index, delta, output)
+
+    def usage_chunk(self, usages: Sequence[Usage]) -> replies.Reply | None:
+        if not self._usage.at_end:
+            return None
+        total = replies.Usage.total(by_prompt(usages, self._num_choices))
+        return self._with_choices([], total)
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> replies.Reply:
+        usages = [output.usage for output in outputs if output.usage is not None]
+        first = outputs[0].prompt_logprobs
+        extra: dict[str, Any] = (
+            {} if first is None else {"prompt_logprobs": prompt_logprobs(first, self._texts)}
+        )
+        return replies.ChatCompletion(
+            id=self._head.id,
+            object="chat.completion",
+            created=self._head.created,
+            model=self._head.model,
+            choices=[self._choice(index, output) for index, output in enumerate(outputs)],
+            usage=replies.Usage.total(by_prompt(usages, self._num_choices)),
+            **extra,
+        )
+
+    def _choice(self, index: int, output: RequestOutput) -> replies.ChatChoice:
+        assert output.finish_reason is not None
+        return replies.ChatChoice(
+            index=index,
+            message=replies.AssistantMessage(role="assistant", content=output.text, refusal=None),
+            logprobs=self._logprobs(output),
+            finish_reason=FINISH_NAMES[output.finish_reason],
+            stop_reason=output.stop_reason,
+        )
+
+    def _logprobs(self, output: RequestOutput | None) -> replies.ChatLogprobs | None:
+        if output is None or output.logprobs is None:
+            return None
+        return chat_logprobs(output.logprobs, self._texts, self._num_top)
+
+    def _chunk(
+        self, index: int, delta: replies.Delta, output: RequestOutput | None = None
+    ) -> replies.ChatChunk:
+        finish = output.finish_reason if output else None
+        extra: dict[str, Any] = {"stop_reason": output.stop_reason} if output and finish else {}
+        choice = replies.ChatChunkChoice(
+            index=index,
+            delta=delta,
+            logprobs=self._logprobs(output),
+            finish_reason=FINISH_NAMES[finish] if finish else None,
+            **extra,
+        )
+        return self._with_choices([choice], self._usage_so_far(index))
+
+    def _usage_so_far(self, index: int) -> replies.Usage | None:
+        if not self._usage.in_each:
+            return None
+        return replies.Usage.of(self._num_prompt, self._num_generated[index], 0)
+
+    def _with_choices(
+        self, choices: list[replies.ChatChunkChoice], usage: replies.Usage | None
+    ) -> replies.ChatChunk:
+        # A stream that was asked for usage has the key in every chunk.
+        extra: dict[str, Any] = {"usage": usage} if self._usage.at_end else {}
+        return replies.ChatChunk(
+            id=self._head.id,
+            object="chat.completion.chunk",
+            created=self._head.created,
+            model=self._head.model,
+            choices=choices,
+            **extra,
+        )

@@ -1,0 +1,162 @@
+"""One table from errors to HTTP: status, type and code, in OpenAI's nested, bounded body."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from ..errors import (
+    BodyTooLarge,
+    EngineDead,
+    InvalidAPIKey,
+    InvalidParameter,
+    ModelNotFound,
+    Overloaded,
+    RequestError,
+    ServerError,
+    StepFailed,
+)
+
+MAX_ERRORS = 10
+MAX_ECHO = 200
+# Ten errors, each with its echo, a path and a sentence.
+MAX_MESSAGE = MAX_ERRORS * (2 * MAX_ECHO + 100)
+
+logger = logging.getLogger("nsa_serve")
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRow:
+    """How one class of errors looks over HTTP. ``public`` replaces messages about our insides."""
+
+    status: int
+    type: str
+    code: str | None = None
+    public: str | None = None
+
+
+_INTERNAL = ErrorRow(500, "server_error", "internal_error", "internal server error")
+
+# The first row whose class fits wins, so subclasses stand before their bases.
+TABLE: tuple[tuple[type[BaseException], ErrorRow], ...] = (
+    (ModelNotFound, ErrorRow(404, "invalid_request_error")),
+    (InvalidAPIKey, ErrorRow(401, "authentication_error")),
+    (BodyTooLarge, ErrorRow(413, "invalid_request_error")),
+    (RequestError, ErrorRow(400, "invalid_request_error")),
+    (Overloaded, ErrorRow(503, "overloaded_error", "overloaded")),
+    (EngineDead, ErrorRow(500, "server_error", "engine_dead", "the engine has stopped")),
+    (
+        StepFailed,
+        ErrorRow(500, "server_error", "step_failed", "the engine failed at this request"),
+    ),
+    (ServerError, _INTERNAL),
+    (BaseException, _INTERNAL),
+)
+
+
+def row_of(error: BaseException) -> ErrorRow:
+    """The row of the table that fits the error."""
+    return next(row for kind, row in TABLE if isinstance(error, kind))
+
+
+def error_body(error: BaseException) -> dict[str, Any]:
+    """OpenAI's nested body: ``{"error": {"message", "type", "param", "code"}}``."""
+    row = row_of(error)
+    message = row.public or str(error)
+    param = error.param if isinstance(error, RequestError) else None
+    code = error.code if isinstance(error, RequestError) else None
+    return _nested(message, row.type, param, code or row.code)
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    """The whole answer: body, status and, if the client should come back, when (Retry-After)."""
+    headers: dict[str, str] = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, InvalidAPIKey):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, BodyTooLarge):
+        # The rest of the body is not read, so the connection can't carry another request.
+        headers["connection"] = "close"
+    return JSONResponse(error_body(error), row_of(error).status, headers)
+
+
+def _nested(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": bounded(message), "type": kind, "param": param, "code": code}}
+
+
+def bounded(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Text cut to ``limit`` characters, that can be encoded as UTF-8."""
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    return cut.encode("utf-8", "replace").decode()
+
+
+def echo(value: object) -> str:
+    """At most 200 characters that show what the client sent."""
+    if isinstance(value, str | bytes):
+        return bounded(repr(value[:MAX_ECHO]), MAX_ECHO)
+    if isinstance(value, Sequence):
+        return bounded(f"a list of {len(value)}", MAX_ECHO)
+    if isinstance(value, dict):
+        return "an object"
+    return bounded(repr(value), MAX_ECHO)
+
+
+def path_of(location: Sequence[int | str]) -> str:
+    """A field's path as OpenAI writes it: ``messages[0].content``."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{bounded(part, 64)}"
+    return path.removeprefix(".")
+
+
+def invalid_fields(error: ValidationError) -> InvalidParameter:
+    """What pydantic found, as one error that names the first field and tells of at most ten."""
+    found = error.errors(include_url=False, include_context=False)
+    lines = list(_lines(found[:MAX_ERRORS]))
+    if len(found) > MAX_ERRORS:
+        lines.append(f"and {len(found) - MAX_ERRORS} more")
+    return InvalidParameter("; ".join(lines), param=path_of(found[0]["loc"]) or None)
+
+
+def _json_reason(message: str) -> str:
+    return bounded(message.removeprefix("Invalid JSON: "), MAX_ECHO)
+
+
+def _lines(found: Sequence[Any]) -> Iterator[str]:
+    for item in found:
+        where = path_of(item["loc"])
+        if item["type"] == "json_invalid":
+            yield f"the body is not valid JSON: {_json_reason(item['msg'])}"
+        elif item["type"] == "missing":
+            yield f"{where} is required"
+        else:
+            sent = "" if item["type"] == "value_error" else f" (got {echo(item['input'])})"
+            reason = item["msg"].removeprefix("Value error, ")
+            yield f"{where or 'body'}: {bounded(reason, MAX_ECHO)}{sent}"
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    """Exception handler of the app for our own errors and for what nobody foresaw."""
+    if row_of(error).status >= 500 and not isinstance(error, Overloaded):
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(error)
+
+
+async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for what the router says: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase.lower()
+    message = f"{phrase}: {request.method} {bounded(request.url.path, MAX_ECHO)}"
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return JSONResponse(
+        _nested(message, kind, None, None), error.status_code, dict(error.headers or {})
+    )

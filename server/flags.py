@@ -1,0 +1,307 @@
+"""The flags of ``nsa-serve serve``, in vLLM's spelling: one table, its help, and what it means."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+import yaml
+
+from ..config import (
+    EMBEDDED_MODEL,
+    AttentionMode,
+    CacheConfig,
+    DType,
+    EngineConfig,
+    GraphConfig,
+    ModelSource,
+    ParallelConfig,
+    Policy,
+    ScheduleConfig,
+)
+from ..errors import ConfigError
+
+T = TypeVar("T")
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_MODEL, _MEMORY, _SCHEDULE, _DEVICE, _SERVER = (
+    "Model",
+    "Cache memory",
+    "Scheduling",
+    "Device",
+    "Server",
+)
+
+
+def refuse(message: object) -> typer.Exit:
+    """Tell in one line why the command can't run; the exit to raise."""
+    typer.echo(f"nsa-serve: {' '.join(str(message).split())}", err=True)
+    return typer.Exit(2)
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes: ``4096``, ``512M``, ``1.5GiB``; units are powers of 1024."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
+        raise ConfigError(f"{text!r} is no number of bytes, such as 512M or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def read_config_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Take flags from a YAML file as defaults, so that the command line goes before them."""
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise refuse(f"--config {path} can't be read: {error}") from None
+    if not isinstance(values, dict):
+        raise refuse(f"--config {path} must map flags to values")
+    context.default_map = {**(context.default_map or {}), **_known_flags(context, path, values)}
+    return path
+
+
+def _known_flags(context: typer.Context, path: Path, values: dict[Any, Any]) -> dict[str, Any]:
+    names = {
+        option.lstrip("-"): parameter
+        for parameter in context.command.params
+        for option in parameter.opts
+    }
+    unknown = [str(key) for key in values if str(key).replace("_", "-") not in names]
+    if unknown:
+        raise refuse(f"--config {path} has flags nobody knows: {', '.join(unknown)}")
+    found = {names[str(key).replace("_", "-")]: value for key, value in values.items()}
+    return {str(flag.name): _as_given(flag.multiple, value) for flag, value in found.items()}
+
+
+def _as_given(multiple: bool, value: Any) -> Any:
+    """The value as the command line would give it: text, or for a repeated flag a list."""
+    if isinstance(value, bool):
+        return value
+    if multiple:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    return str(value)
+
+
+def _flag(panel: str, *names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeFlags:
+    """Everything ``serve`` can be told. Fields are flags, their defaults the flags' defaults."""
+
+    positional: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            show_default=False,
+            help=f"A folder, a .gguf file, a Hub id, or {EMBEDDED_MODEL} (the default).",
+        ),
+    ] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE.yaml",
+            is_eager=True,
+            callback=read_config_file,
+            help="Flags as keys of a YAML file; the command line goes before it.",
+        ),
+    ] = None
+
+    model: Annotated[str | None, _flag(_MODEL, "--model", help="The same as MODEL, by name.")] = (
+        None
+    )
+    served_model_name: Annotated[
+        list[str] | None,
+        _flag(_MODEL, "--served-model-name", help="Name in the API; repeat for more names."),
+    ] = None
+    tokenizer: Annotated[
+        str | None, _flag(_MODEL, "--tokenizer", help="Folder or Hub id of another tokenizer.")
+    ] = None
+    revision: Annotated[
+        str | None, _flag(_MODEL, "--revision", help="Branch, tag or commit of a Hub id.")
+    ] = None
+    dtype: Annotated[DType, _flag(_MODEL, "--dtype", help="Type of weights and cache.")] = (
+        DType.AUTO
+    )
+    attention: Annotated[
+        AttentionMode,
+        _flag(_MODEL, "--attention", help="auto: NSA where the checkpoint was trained with it."),
+    ] = AttentionMode.AUTO
+    max_model_len: Annotated[
+        int | None,
+        _flag(_MODEL, "--max-model-len", help="Context in tokens; default: the checkpoint's."),
+    ] = None
+    chat_template: Annotated[
+        str | None, _flag(_MODEL, "--chat-template", help="A Jinja file in place of the model's.")
+    ] = None
+    load_format: Annotated[
+        str,
+        _flag(_MODEL, "--load-format", help="auto, or dummy for random weights (benchmarks)."),
+    ] = "auto"
+    seed: Annotated[int, _flag(_MODEL, "--seed", help="Seed of the engine.")] = 0
+
+    gpu_memory_utilization: Annotated[
+        float,
+        _flag(_MEMORY, "--gpu-memory-utilization", help="Share of a GPU's memory to use."),
+    ] = 0.9
+    kv_cache_memory_bytes: Annotated[
+        str | None,
+        _flag(_MEMORY, "--kv-cache-memory-bytes", help="Size of the cache, such as 2GiB."),
+    ] = None
+    kv_cache_dtype: Annotated[
+        str, _flag(_MEMORY, "--kv-cache-dtype", help="auto: the model's type.")
+    ] = "auto"
+    prefix_caching: Annotated[
+        bool,
+        _flag(
+            _MEMORY,
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            help="Keep the cache of finished requests for prompts that begin alike.",
+        ),
+    ] = True
+
+    scheduling_policy: Annotated[
+        Policy, _flag(_SCHEDULE, "--scheduling-policy", help="Order of waiting requests.")
+    ] = Policy.FCFS
+    max_num_seqs: Annotated[
+        int, _flag(_SCHEDULE, "--max-num-seqs", help="Most requests in one step.")
+    ] = 256
+    max_num_batched_tokens: Annotated[
+        int | None,
+        _flag(_SCHEDULE, "--max-num-batched-tokens", help="Most tokens in one step."),
+    ] = None
+    max_num_queued_reqs: Annotated[
+        int, _flag(_SCHEDULE, "--max-num-queued-reqs", help="Waiting requests before a 503.")
+    ] = 1024
+    max_num_queued_tokens: Annotated[
+        int,
+        _flag(_SCHEDULE, "--max-num-queued-tokens", help="Their prompt tokens before a 503."),
+    ] = 16 << 20
+
+    device: Annotated[str, _flag(_DEVICE, "--device", help="auto, cpu or cuda.")] = "auto"
+    tensor_parallel_size: Annotated[
+        int, _flag(_DEVICE, "--tensor-parallel-size", "-tp", help="Number of GPUs.")
+    ] = 1
+    enforce_eager: Annotated[bool, _flag(_DEVICE, "--enforce-eager", help="No CUDA graphs.")] = (
+        False
+    )
+    deterministic: Annotated[
+        bool,
+        _flag(_DEVICE, "--deterministic", help="The same text whatever else runs, bit by bit."),
+    ] = False
+
+    host: Annotated[str, _flag(_SERVER, "--host", help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, _flag(_SERVER, "--port", min=0, max=65535, help="0: any free one.")] = 8000
+    api_key: Annotated[
+        list[str] | None,
+        _flag(
+            _SERVER,
+            "--api-key",
+            envvar="NSA_SERVE_API_KEY",
+            show_default=False,
+            help="Clients must send it; repeat for more keys.",
+        ),
+    ] = None
+    allowed_origins: Annotated[
+        list[str] | None,
+        _flag(_SERVER, "--allowed-origins", help="Origin that browsers may call from; repeat."),
+    ] = None
+    ssl_keyfile: Annotated[
+        Path | None, _flag(_SERVER, "--ssl-keyfile", help="Private key for TLS.")
+    ] = None
+    ssl_certfile: Annotated[
+        Path | None, _flag(_SERVER, "--ssl-certfile", help="Certificate for TLS.")
+    ] = None
+    shutdown_timeout: Annotated[
+        float,
+        _flag(_SERVER, "--shutdown-timeout", min=0, help="Seconds to finish what runs at SIGTERM."),
+    ] = 30.0
+    metrics_prefix: Annotated[
+        str, _flag(_SERVER, "--metrics-prefix", help="vllm: for dashboards made for vLLM.")
+    ] = "nsa_serve"
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's part. Raises ``ConfigError`` for what can't work or isn't built."""
+        self._refuse()
+        cache_bytes = self.kv_cache_memory_bytes
+        config = EngineConfig(
+            source=self._source(),
+            cache=CacheConfig(
+                enable_prefix_caching=self.prefix_caching,
+                kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
+                gpu_memory_utilization=self.gpu_memory_utilization,
+            ),
+            schedule=ScheduleConfig(
+                policy=self.scheduling_policy,
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                max_num_queued_reqs=self.max_num_queued_reqs,
+                max_num_queued_tokens=self.max_num_queued_tokens,
+            ),
+            parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
+            graph=GraphConfig(enforce_eager=self.enforce_eager, deterministic=self.deterministic),
+            device=self.device,
+        )
+        return config.validate()
+
+    def _source(self) -> ModelSource:
+        return ModelSource(
+            model=self.positional or self.model or EMBEDDED_MODEL,
+            served_model_name=self.served_model_name[0] if self.served_model_name else None,
+            tokenizer=self.tokenizer,
+            revision=self.revision,
+            dtype=self.dtype,
+            attention=self.attention,
+            max_model_len=self.max_model_len,
+            chat_template=self.chat_template,
+            random_weights=self.load_format == "dummy",
+            seed=self.seed,
+        )
+
+    def _refuse(self) -> None:
+        if self.positional and self.model and self.positional != self.model:
+            raise ConfigError(f"MODEL is {self.positional} and --model {self.model}; give one")
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"--load-format is auto or dummy, not {self.load_format}")
+        if self.kv_cache_dtype != "auto":
+            raise ConfigError(f"--kv-cache-dtype {self.kv_cache_dtype} is not built yet; use auto")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("--ssl-keyfile and --ssl-certfile need each other")
+        if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
+            raise ConfigError(
+                f"--metrics-prefix must be letters, digits and _, not {self.metrics_prefix!r}"
+            )
+
+
+def takes_flags(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Make a command of a function of one record, whose fields become the command's parameters."""
+    hints = get_type_hints(record, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(record)  # type: ignore[arg-type]
+    ]
+
+    def decorate(run: Callable[[T], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            run(record(**values))
+
+        command.__doc__ = run.__doc__
+        command.__name__ = run.__name__
+        command.__annotations__ = hints
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate

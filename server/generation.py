@@ -1,0 +1,144 @@
+"""The engine requests behind one HTTP request, and everything that can end them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from starlette.types import Receive
+
+from ..errors import StepFailed
+from ..request import EngineRequest, FinishReason, RequestOutput
+from .admission import Admission
+from .ports import Engine
+from .prometheus import Metrics
+
+Arrival = tuple[int, RequestOutput]
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads an answer."""
+
+
+class Generation:
+    """Runs one engine request for each choice and gathers their outputs in the order they come.
+
+    One queue takes the outputs, failures, the client's disconnect and the server's shutdown, so
+    that whoever reads it waits in one place. Leaving the block aborts what isn't finished.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[EngineRequest],
+        *,
+        admission: Admission,
+        metrics: Metrics,
+        receive: Receive,
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._admission = admission
+        self._metrics = metrics
+        self._receive = receive
+        self._queue: asyncio.Queue[Arrival | Exception] = asyncio.Queue()
+        self._error: Exception | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._last_token_at: dict[int, float] = {}  # by choice, on the event loop's clock
+        self.num_unfinished = len(requests)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(request.prompt_token_ids) for request in self._requests)
+
+    def end(self, error: Exception) -> None:
+        """End the generation: its reader gets ``error`` after the outputs that came before."""
+        self._queue.put_nowait(error)
+
+    async def __aenter__(self) -> Self:
+        self._admission.enter(self)
+        pumps = [self._pump(index, request) for index, request in enumerate(self._requests)]
+        self._tasks = [asyncio.create_task(work) for work in (*pumps, self._watch_client())]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            for task in self._tasks:
+                task.cancel()
+            # The pumps close their iterators, which is what aborts a request in the engine.
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            self._admission.leave(self)
+
+    async def arrivals(self, timeout: float | None = None) -> list[Arrival]:
+        """All outputs that have come; waits for the first, and gives [] after ``timeout`` seconds.
+
+        Raises what ended the generation: ``StepFailed``, ``EngineDead``, ``Overloaded``,
+        ``ClientGone``.
+        """
+        if self._error is not None:
+            raise self._error
+        try:
+            async with asyncio.timeout(timeout):
+                taken = [await self._queue.get()]
+        except TimeoutError:
+            return []
+        while not self._queue.empty():
+            taken.append(self._queue.get_nowait())
+        return self._accept(taken)
+
+    def _accept(self, taken: Sequence[Arrival | Exception]) -> list[Arrival]:
+        accepted: list[Arrival] = []
+        for item in taken:
+            if isinstance(item, Exception):
+                self._error = item
+                break
+            accepted.append(item)
+            self._observe(*item)
+        if self._error is not None and not accepted:
+            raise self._error
+        return accepted
+
+    def _observe(self, index: int, output: RequestOutput) -> None:
+        if output.token_ids:
+            now = asyncio.get_running_loop().time()
+            before = self._last_token_at.get(index)
+            self._last_token_at[index] = now
+            if before is not None:
+                self._metrics.observe_gap(now - before, len(output.token_ids))
+        if output.finish_reason is not None:
+            self.num_unfinished -= 1
+            self._metrics.observe_final(output)
+
+    async def _pump(self, index: int, request: EngineRequest) -> None:
+        outputs = self._engine.submit(request)
+        try:
+            async for output in outputs:
+                self._queue.put_nowait(_failure(output) or (index, output))
+        except Exception as error:
+            self._queue.put_nowait(error)
+        finally:
+            await outputs.aclose()
+
+    async def _watch_client(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._queue.put_nowait(ClientGone())
+
+
+def _failure(output: RequestOutput) -> StepFailed | None:
+    """An output that ends its request without an answer, as an error."""
+    if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+        return StepFailed(output.error or f"request {output.request_id} was aborted")
+    return None

@@ -1,0 +1,40 @@
+"""What the server asks of the engine and of the tokenizer, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
+
+from ..request import EngineRequest, RequestOutput
+from ..stats import StatsSnapshot
+
+
+class Engine(Protocol):
+    """The engine as the server sees it."""
+
+    def submit(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs until the final one. Closing the iterator early aborts the request."""
+
+    async def ping(self, timeout: float) -> None:
+        """Return once the engine loop has answered; else ``TimeoutError`` or ``EngineDead``."""
+
+    async def stats(self) -> StatsSnapshot:
+        """A snapshot of the engine's counters."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Called on threads, several at once."""
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str: ...

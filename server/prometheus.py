@@ -1,0 +1,221 @@
+"""The metrics page: vLLM's names under our prefix (or vLLM's own), and a few that only we have.
+
+Counters and gauges come from the engine's snapshot when the page is asked for; histograms are fed
+by the final output of each request and by the gaps between tokens as the server hands them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from ..request import RequestOutput, RequestTimes
+from ..stats import ITERATION_BUCKETS, StatsSnapshot
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_FIRST_TOKEN = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+# vLLM starts at 10 ms, which is more than one of our steps takes.
+_BETWEEN_TOKENS = (
+    *(0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4),
+    *(0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST = (
+    *(0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
+    *(60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_TOKENS = tuple(
+    float(digit * 10**power)
+    for power in range(7)
+    for digit in (1, 2, 5)
+    if digit * 10**power <= 2e6
+)
+_SUCCESSES = ("stop", "length", "tool_calls")
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """One number of the snapshot: its name, its meaning, how to read it, and whether it grows."""
+
+    name: str
+    text: str
+    read: Callable[[StatsSnapshot], float]
+    grows: bool = True
+
+
+_NUMBERS = (
+    _Counted("num_requests_running", "Requests in the batch", lambda s: s.num_running, False),
+    _Counted("num_requests_waiting", "Requests in the queue", lambda s: s.num_waiting, False),
+    _Counted(
+        "kv_cache_usage_perc",
+        "Share of blocks in use, 0 to 1",
+        lambda s: s.cache_usage,
+        False,
+    ),
+    _Counted("kv_cache_blocks", "Blocks of the cache", lambda s: s.num_blocks, False),
+    _Counted(
+        "kv_cache_blocks_cached",
+        "Blocks kept for their content",
+        lambda s: s.num_blocks_cached,
+        False,
+    ),
+    _Counted("prefix_cache_queries", "Tokens looked up in cache", lambda s: s.prefix_queries),
+    _Counted("prefix_cache_hits", "Tokens found in the prefix cache", lambda s: s.prefix_hits),
+    _Counted("num_preemptions", "Requests preempted", lambda s: s.num_preemptions),
+    _Counted("prompt_tokens", "Prompt tokens computed or cached", lambda s: s.prompt_tokens),
+    _Counted("prompt_tokens_cached", "Prompt tokens from the cache", lambda s: s.cached_tokens),
+    _Counted("generation_tokens", "Tokens generated", lambda s: s.generation_tokens),
+    _Counted("engine_steps", "Steps the engine has run", lambda s: s.num_steps),
+    _Counted("request_aborted", "Requests aborted", lambda s: s.num_finished.get("abort", 0)),
+    _Counted("request_errored", "Requests that failed", lambda s: s.num_finished.get("error", 0)),
+)
+
+
+class _EngineCollector(Collector):
+    """Hands the latest snapshot to Prometheus in its form."""
+
+    def __init__(self, prefix: str, model: str) -> None:
+        self.snapshot: StatsSnapshot | None = None
+        self.num_rejected = 0  # by the server, before the engine saw them
+        self._prefix = prefix
+        self._model = model
+
+    def collect(self) -> Iterable[Metric]:
+        if self.snapshot is None:
+            return
+        for number in _NUMBERS:
+            yield self._family(number, self.snapshot)
+        yield self._rejected(self.snapshot)
+        yield self._successes(self.snapshot)
+        yield self._iterations(self.snapshot)
+
+    def _family(self, number: _Counted, snapshot: StatsSnapshot) -> Metric:
+        kind = CounterMetricFamily if number.grows else GaugeMetricFamily
+        family = kind(f"{self._prefix}:{number.name}", number.text, labels=["model_name"])
+        family.add_metric([self._model], number.read(snapshot))
+        return family
+
+    def _rejected(self, snapshot: StatsSnapshot) -> Metric:
+        family = CounterMetricFamily(
+            f"{self._prefix}:request_rejected",
+            "Requests refused",
+            labels=["model_name"],
+        )
+        family.add_metric([self._model], snapshot.num_rejected + self.num_rejected)
+        return family
+
+    def _successes(self, snapshot: StatsSnapshot) -> Metric:
+        family = CounterMetricFamily(
+            f"{self._prefix}:request_success",
+            "Requests answered whole",
+            labels=["model_name", "finished_reason"],
+        )
+        for reason in _SUCCESSES:
+            family.add_metric([self._model, reason], snapshot.num_finished.get(reason, 0))
+        return family
+
+    def _iterations(self, snapshot: StatsSnapshot) -> Metric:
+        family = HistogramMetricFamily(
+            f"{self._prefix}:iteration_tokens_total", "Tokens of a step", labels=["model_name"]
+        )
+        bounds = [*(str(float(bound)) for bound in ITERATION_BUCKETS), "+Inf"]
+        counts = list(accumulate(snapshot.iteration_buckets))
+        buckets = [(bound, float(count)) for bound, count in zip(bounds, counts, strict=True)]
+        family.add_metric([self._model], buckets, sum_value=snapshot.iteration_tokens)
+        return family
+
+
+class Metrics:
+    """All metrics of one server, in a registry of its own."""
+
+    def __init__(self, prefix: str, model: str) -> None:
+        self._registry = CollectorRegistry()
+        self._engine = _EngineCollector(prefix, model)
+        self._registry.register(self._engine)
+        self._prefix = prefix
+        self._model = model
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN
+        )
+        self._gap = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens", _BETWEEN_TOKENS
+        )
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean over a request", _BETWEEN_TOKENS
+        )
+        self._whole = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token", _REQUEST
+        )
+        self._queued = self._histogram(
+            "request_queue_time_seconds", "From arrival to the first step", _REQUEST
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From the first step to the first token", _REQUEST
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last", _REQUEST
+        )
+        self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
+        self._generated = self._histogram(
+            "request_generation_tokens", "Tokens generated for a request", _TOKENS
+        )
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        family = Histogram(
+            f"{self._prefix}:{name}",
+            text,
+            ["model_name"],
+            buckets=buckets,
+            registry=self._registry,
+        )
+        return family.labels(self._model)
+
+    def observe_gap(self, seconds: float, num_tokens: int) -> None:
+        """``num_tokens`` tokens came ``seconds`` after the ones before."""
+        for _ in range(num_tokens):
+            self._gap.observe(seconds / num_tokens)
+
+    def observe_final(self, output: RequestOutput) -> None:
+        """A request has ended with an answer."""
+        if output.usage is not None:
+            self._prompt.observe(output.usage.prompt_tokens)
+            self._generated.observe(output.usage.completion_tokens)
+        if output.times is not None:
+            generated = output.usage.completion_tokens if output.usage else 0
+            self._observe_times(output.times, generated)
+
+    def _observe_times(self, times: RequestTimes, generated: int) -> None:
+        for histogram, seconds in self._spans(times):
+            histogram.observe(seconds)
+        if times.first_token is not None and times.last_token is not None and generated > 1:
+            self._per_token.observe((times.last_token - times.first_token) / (generated - 1))
+
+    def _spans(self, times: RequestTimes) -> Iterator[tuple[Histogram, float]]:
+        first, token, last = times.first_scheduled, times.first_token, times.last_token
+        if first is not None:
+            yield self._queued, first - times.arrival
+        if first is not None and token is not None:
+            yield self._first_token, token - times.arrival
+            yield self._prefill, token - first
+        if token is not None and last is not None:
+            yield self._decode, last - token
+            yield self._whole, last - times.arrival
+
+    def page(self, snapshot: StatsSnapshot, num_rejected: int) -> bytes:
+        """The text that Prometheus scrapes. ``num_rejected`` counts the server's own refusals."""
+        self._engine.snapshot = snapshot
+        self._engine.num_rejected = num_rejected
+        return generate_latest(self._registry)

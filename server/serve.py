@@ -1,0 +1,251 @@
+"""``nsa-serve serve``: start the engine, listen, drain when told to stop, end with a code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..config import EngineConfig
+from ..engine.messages import EngineDescription
+from ..errors import ConfigError, EngineDead
+from ..tokenizer import Tokenizer
+from .admission import Admission
+from .app import create_app
+from .client import EngineClient
+from .flags import ServeFlags
+from .settings import SamplingDefaults, ServerSettings
+from .stats_line import log_stats
+
+STATS_INTERVAL = 10.0  # seconds
+_BACKLOG = 2048
+_LAST_WORDS = 3  # seconds for connections to close after the streams have ended
+_KEEP_ALIVE = 75  # seconds; longer than a client's pool keeps a connection it may use again
+
+logger = logging.getLogger("nsa_serve")
+console = Console(stderr=True, highlight=False)
+
+
+def serve(flags: ServeFlags) -> int:
+    """Serve until told to stop. Returns the exit code: 0 after a drain, 1 if work was lost.
+
+    Raises ``ConfigError`` or ``CheckpointError`` for what can't be served.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
+    config = flags.engine_config()
+    with (
+        contextlib.closing(_bind(flags)) as listener,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        return runner.run(_serve(flags, config, listener))
+
+
+def _bind(flags: ServeFlags) -> socket.socket:
+    """The address, taken before the model is loaded, so that a port in use is told at once."""
+    family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((flags.host, flags.port))
+    except OSError as error:
+        listener.close()
+        where = f"--host {flags.host} --port {flags.port}"
+        raise ConfigError(f"{where}: {error.strerror or error}") from None
+    return listener
+
+
+async def _serve(flags: ServeFlags, config: EngineConfig, listener: socket.socket) -> int:
+    engine = await _start_engine(config)
+    try:
+        return await _run(flags, config, engine, listener)
+    finally:
+        await engine.aclose()
+
+
+async def _start_engine(config: EngineConfig) -> EngineClient:
+    """The engine, with a bar while its weights load. Ctrl-C and SIGTERM end the start."""
+    columns = (
+        TextColumn("Loading {task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(config.source.model, total=None)
+
+        def on_progress(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return await EngineClient.start(config, on_progress)
+
+
+async def _run(
+    flags: ServeFlags, config: EngineConfig, engine: EngineClient, listener: socket.socket
+) -> int:
+    tokenizer = await asyncio.to_thread(_tokenizer, engine.engine)
+    settings = server_settings(flags, config, engine.engine)
+    app = create_app(engine, tokenizer, settings)
+    server = _Uvicorn(_uvicorn_config(app, flags))
+    admission: Admission = app.state.services.admission
+    stopper = _Stopper(server, admission, flags.shutdown_timeout)
+    stopper.install()
+    async with asyncio.TaskGroup() as group:
+        watch = group.create_task(_stop_when_dead(engine, stopper))
+        stats = group.create_task(log_stats(engine, STATS_INTERVAL))
+        announce = group.create_task(_announce(server, engine.engine, flags, listener))
+        await server.serve([listener])
+        for task in (watch, stats, announce):
+            task.cancel()
+    return stopper.exit_code
+
+
+def _tokenizer(description: EngineDescription) -> Tokenizer:
+    if description.tokenizer is None:
+        raise ConfigError(f"{description.model_name} has no tokenizer; give one with --tokenizer")
+    return Tokenizer(description.tokenizer)
+
+
+def server_settings(
+    flags: ServeFlags, config: EngineConfig, description: EngineDescription
+) -> ServerSettings:
+    """The server's settings: limits from the engine's cache, defaults from its checkpoint."""
+    schedule = config.schedule
+    return ServerSettings(
+        model_names=tuple(flags.served_model_name or [config.source.public_name]),
+        # A request longer than the cache could never run, whatever the context.
+        max_model_len=min(description.max_model_len, description.cache_tokens),
+        vocab_size=description.vocab_size,
+        defaults=_sampling_defaults(description.generation_config),
+        api_keys=tuple(flags.api_key or ()),
+        allowed_origins=tuple(flags.allowed_origins or ()),
+        metrics_prefix=flags.metrics_prefix,
+        max_open_requests=schedule.max_num_seqs + schedule.max_num_queued_reqs,
+        max_open_tokens=schedule.max_num_queued_tokens + description.cache_tokens,
+    )
+
+
+def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
+    """What generation_config.json says of sampling; a greedy checkpoint has do_sample false."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: generation[name] for name in names if generation.get(name) is not None}
+    return SamplingDefaults(**given)
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, with signals left to us: it would close its door before the drain."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+def _uvicorn_config(app: Any, flags: ServeFlags) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=_LAST_WORDS,
+        ssl_keyfile=flags.ssl_keyfile,
+        ssl_certfile=flags.ssl_certfile,
+    )
+
+
+class _Stopper:
+    """Ends the server: drained at the first signal, at once at the second or with the engine."""
+
+    def __init__(self, server: _Uvicorn, admission: Admission, timeout: float) -> None:
+        self._server = server
+        self._admission = admission
+        self._timeout = timeout
+        self._draining: asyncio.Task[None] | None = None
+        self.exit_code = 0
+
+    def install(self) -> None:
+        """Take the signals of this process."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.on_signal)
+
+    def on_signal(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        else:
+            logger.warning("stopping at once")
+            self.stop_now()
+
+    async def _drain(self) -> None:
+        logger.info("draining %d open requests", self._admission.num_open)
+        await self._admission.drain(self._timeout)
+        self._server.should_exit = True
+
+    def stop_now(self) -> None:
+        """Cut what is open; the exit code tells that something was."""
+        self.exit_code = 1
+        self._server.force_exit = True
+        self._server.should_exit = True
+
+    async def stop_after_death(self) -> None:
+        """The engine is gone: its streams end with an error, and then the process."""
+        self.exit_code = 1
+        self._admission.draining = True
+        await self._admission.end_all(EngineDead("the engine process ended"))
+        self._server.should_exit = True
+
+
+async def _stop_when_dead(engine: EngineClient, stopper: _Stopper) -> None:
+    await engine.died()
+    logger.error("the engine process ended; the server ends too")
+    await stopper.stop_after_death()
+
+
+async def _announce(
+    server: _Uvicorn, engine: EngineDescription, flags: ServeFlags, listener: socket.socket
+) -> None:
+    await server.listening.wait()
+    scheme = "https" if flags.ssl_certfile else "http"
+    host = f"[{flags.host}]" if ":" in flags.host else flags.host
+    url = f"{scheme}://{host}:{listener.getsockname()[1]}/v1"
+    print(ready_line(engine, url), file=sys.stderr, flush=True)
+    if engine.attention == "nsa" and not engine.trained_sparse:
+        print(untrained_line(engine), file=sys.stderr, flush=True)
+
+
+def ready_line(engine: EngineDescription, url: str) -> str:
+    """What a person wants to know once the server takes requests."""
+    return (
+        f"Ready: {url} · model {engine.model_name} ({engine.dtype} on {engine.device}) · "
+        f"attention {engine.attention} · context {engine.max_model_len:,} tokens · "
+        f"cache {engine.cache_tokens:,} tokens"
+    )
+
+
+def untrained_line(engine: EngineDescription) -> str:
+    """What NSA means on a checkpoint that was trained dense."""
+    return (
+        f"Note: {engine.model_name} was trained dense. Served with NSA its answers equal dense "
+        "attention's up to 1024 tokens of context; beyond that the block selection is untrained."
+    )

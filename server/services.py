@@ -1,0 +1,126 @@
+"""What every route needs, put together once; and the one way from a parsed request to an answer."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..request import EngineRequest, Usage
+from . import replies
+from .admission import Admission
+from .body import T, parse, read_json_bytes
+from .generation import Generation
+from .logprobs import TokenTexts
+from .ports import Engine, Tokenizer
+from .prometheus import Metrics
+from .prompts import PromptEncoder, Workers
+from .schemas import GenerationRequest
+from .settings import ServerSettings
+from .stream import EventStream, Shape, answer_whole
+
+R = TypeVar("R")
+
+FINISH_NAMES: dict[str, replies.FinishName] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What all chunks of one answer share."""
+
+    id: str
+    created: int  # Unix seconds
+    model: str
+
+    @classmethod
+    def new(cls, prefix: str, model: str) -> Head:
+        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request ready for the engine, and how its answer is worded."""
+
+    requests: Sequence[EngineRequest]
+    shape: Shape
+    stream: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UsageOptions:
+    """Which usage a stream carries."""
+
+    at_end: bool
+    in_each: bool
+
+    @classmethod
+    def of(cls, request: GenerationRequest) -> UsageOptions:
+        options = request.stream_options
+        at_end = bool(options and options.include_usage)
+        return cls(at_end, at_end and bool(options and options.continuous_usage_stats))
+
+
+def by_prompt(usages: Sequence[Usage], num_choices: int) -> list[list[Usage]]:
+    """Usages of all choices, in groups of the ``num_choices`` that share a prompt."""
+    starts = range(0, len(usages), num_choices)
+    return [list(usages[start : start + num_choices]) for start in starts]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The server's parts, shared by all routes."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    settings: ServerSettings
+    admission: Admission
+    metrics: Metrics
+    workers: Workers
+    prompts: PromptEncoder
+    texts: TokenTexts
+
+    @classmethod
+    def build(cls, engine: Engine, tokenizer: Tokenizer, settings: ServerSettings) -> Services:
+        return cls(
+            engine=engine,
+            tokenizer=tokenizer,
+            settings=settings,
+            admission=Admission(
+                max_requests=settings.max_open_requests, max_tokens=settings.max_open_tokens
+            ),
+            metrics=Metrics(settings.metrics_prefix, settings.model_name),
+            workers=Workers(settings.tokenizer_threads, settings.max_open_requests),
+            prompts=PromptEncoder(tokenizer, settings),
+            texts=TokenTexts(tokenizer),
+        )
+
+    async def read(self, request: Request, model: type[T], then: Callable[[T], R]) -> R:
+        """Parse the body and do ``then`` with it, both on a worker thread."""
+        body = await read_json_bytes(request)
+        return await self.workers.run(lambda: then(parse(model, body)))
+
+    async def generate(
+        self, request: Request, model: type[T], prepare: Callable[[T], Prepared]
+    ) -> Response:
+        """Answer one completion request, streaming or in one piece. Raises errors of errors.py."""
+        self.admission.check()
+        prepared = await self.read(request, model, prepare)
+        generation = Generation(
+            self.engine,
+            prepared.requests,
+            admission=self.admission,
+            metrics=self.metrics,
+            receive=request.receive,
+        )
+        if prepared.stream:
+            return EventStream(generation, prepared.shape, self.settings.keep_alive)
+        return await answer_whole(generation, prepared.shape)

@@ -1,0 +1,123 @@
+"""Server-sent events: what a streaming client receives, and a whole answer for all others."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..errors import Overloaded
+from ..request import RequestOutput, Usage
+from .errors import error_body, error_response, row_of
+from .generation import ClientGone, Generation
+from .replies import Reply
+
+DONE = "data: [DONE]\n\n"
+KEEP_ALIVE = ": keep-alive\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Proxies such as nginx would hold back a stream otherwise.
+    (b"x-accel-buffering", b"no"),
+]
+
+logger = logging.getLogger("nsa_serve")
+
+
+class Shape(Protocol):
+    """How one kind of request words its answer."""
+
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[Reply]:
+        """The chunks that one output of a choice gives."""
+
+    def usage_chunk(self, usages: Sequence[Usage]) -> Reply | None:
+        """The last chunk, with the usage of all choices, if it was asked for."""
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> Reply:
+        """The answer in one piece, from one output of each choice."""
+
+
+def event(text: str) -> str:
+    return f"data: {text}\n\n"
+
+
+def error_events(error: Exception) -> str:
+    """How a stream that has begun tells of an error: one event, then the end."""
+    return event(json.dumps(error_body(error), separators=(",", ":"))) + DONE
+
+
+def log_failure(error: Exception) -> None:
+    if row_of(error).status >= 500 and not isinstance(error, Overloaded):
+        logger.error("a request failed", exc_info=error)
+
+
+async def answer_whole(generation: Generation, shape: Shape) -> Response:
+    """Wait for all choices, then answer in one piece. Raises what ended the generation."""
+    outputs: dict[int, RequestOutput] = {}
+    try:
+        async with generation:
+            while generation.num_unfinished:
+                outputs.update(await generation.arrivals())
+    except ClientGone:
+        return Response(status_code=499)  # nginx's number; it reaches only the log
+    ordered = [outputs[index] for index in sorted(outputs)]
+    return Response(shape.whole(ordered).to_json(), media_type="application/json")
+
+
+class EventStream(Response):
+    """Sends a generation as it comes.
+
+    The headers wait for the first output (or the first silence), so that a request refused by
+    the engine still gets its status. After that an error is an event.
+    """
+
+    def __init__(self, generation: Generation, shape: Shape, keep_alive: float) -> None:
+        super().__init__()
+        self._generation = generation
+        self._shape = shape
+        self._keep_alive = keep_alive
+        self._usages: dict[int, Usage] = {}
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._generation:
+                while self._generation.num_unfinished:
+                    await self._write(send, await self._next_events())
+            await self._write(send, self._closing())
+        except ClientGone:
+            return
+        except Exception as error:
+            log_failure(error)
+            if not self._started:
+                await error_response(error)(scope, receive, send)
+                return
+            await self._write(send, error_events(error))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _next_events(self) -> str:
+        arrivals = await self._generation.arrivals(self._keep_alive)
+        if not arrivals:
+            return KEEP_ALIVE
+        return "".join(self._events(index, output) for index, output in arrivals)
+
+    def _events(self, index: int, output: RequestOutput) -> str:
+        if output.usage is not None:
+            self._usages[index] = output.usage
+        return "".join(event(chunk.to_json()) for chunk in self._shape.chunks(index, output))
+
+    def _closing(self) -> str:
+        last = self._shape.usage_chunk([self._usages[index] for index in sorted(self._usages)])
+        return (event(last.to_json()) if last else "") + DONE
+
+    async def _write(self, send: Send, text: str) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        if text:
+            body = text.encode("utf-8", "replace")
+            await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,0 +1,156 @@
+"""``nsa-serve chat``: a conversation in the terminal, with a server that runs or its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import httpx
+
+from ..errors import ConfigError
+
+_POLL = 0.2  # seconds between two looks at a server that starts
+_HELP = "Type a message. /clear forgets the conversation, /quit (or Ctrl-D) ends it.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """How the model is asked; None leaves it to the server."""
+
+    system: str | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    api_key: str | None = None
+
+
+def chat(url: str | None, serve_arguments: Sequence[str], settings: ChatSettings) -> int:
+    """Talk until the input ends. Returns the exit code."""
+    if url is not None and serve_arguments:
+        raise ConfigError(
+            f"with --url no server is started, so {' '.join(serve_arguments)} has no use"
+        )
+    own = contextlib.nullcontext(url) if url else own_server(serve_arguments)
+    with own as found, _client(str(found), settings) as client:
+        Conversation(client, settings, sys.stdout).run(_lines())
+    return 0
+
+
+def _client(url: str, settings: ChatSettings) -> httpx.Client:
+    headers = {"authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    base = url.rstrip("/").removesuffix("/v1")
+    # An answer may take long to begin, a server that is there accepts at once.
+    return httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(None, connect=5))
+
+
+@contextlib.contextmanager
+def own_server(arguments: Sequence[str]) -> Iterator[str]:
+    """A server process for this chat alone, on a free port; gives its URL once it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "nsa_serve.server.cli", "serve", *arguments]
+    process = subprocess.Popen([*command, "--port", str(port)], start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _await_ready(url, process)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _await_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            # With a key /ready is refused, which tells as well that it listens.
+            if httpx.get(f"{url}/ready").status_code in (200, 401):
+                return
+        time.sleep(_POLL)
+    raise ConfigError(f"the server for this chat ended with code {process.returncode}")
+
+
+def _lines() -> Iterator[str]:
+    """Lines that a person types, until the end of input."""
+    while True:
+        try:
+            yield input("\n> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+class Conversation:
+    """The turns so far, and the way to one more. Answers are written to ``out`` as they come."""
+
+    def __init__(self, client: httpx.Client, settings: ChatSettings, out: TextIO) -> None:
+        self._client = client
+        self._settings = settings
+        self._out = out
+        self.messages = self._first_messages()
+
+    def run(self, lines: Iterator[str]) -> None:
+        """Answer each line; a slash begins a command."""
+        self._out.write(_HELP)
+        for line in lines:
+            if line.strip() == "/quit":
+                return
+            if line.strip() == "/clear":
+                self.messages = self._first_messages()
+            elif line.strip():
+                self._answer(line)
+
+    def _first_messages(self) -> list[dict[str, str]]:
+        system = self._settings.system
+        return [{"role": "system", "content": system}] if system else []
+
+    def _answer(self, line: str) -> None:
+        """One turn. An answer that was interrupted stays as far as it came."""
+        asked = [*self.messages, {"role": "user", "content": line}]
+        pieces: list[str] = []
+        try:
+            for piece in self._stream(asked):
+                pieces.append(piece)
+                self._out.write(piece)
+                self._out.flush()
+        except KeyboardInterrupt:
+            self._out.write(" …")
+        except (httpx.HTTPError, ConfigError) as error:
+            self._out.write(f"[{error}]\n")
+            return
+        self._out.write("\n")
+        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _stream(self, messages: list[dict[str, str]]) -> Iterator[str]:
+        body: dict[str, Any] = {"messages": messages, "stream": True}
+        for name in ("temperature", "max_tokens"):
+            value = getattr(self._settings, name)
+            if value is not None:
+                body[name] = value
+        with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                response.read()
+                raise ConfigError(_reason(response))
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    yield _piece(json.loads(line.removeprefix("data: ")))
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"the server answered {response.status_code}"
+
+
+def _piece(chunk: dict[str, Any]) -> str:
+    """The text of one event. Raises ``ConfigError`` with the server's words if it is an error."""
+    if "error" in chunk:
+        raise ConfigError(chunk["error"]["message"])
+    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])

@@ -1,0 +1,242 @@
+"""What happens to a stream: silence, a client that leaves, shutdown; and to the queue behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+
+import pytest
+
+from nsa_serve.errors import EngineDead, Overloaded
+from nsa_serve.server.admission import Admission
+from tests.server_fakes import events, fake_server
+
+BODY = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
+
+
+class RawClient:
+    """A client at the level of ASGI, which sees each piece as it is sent and can leave."""
+
+    def __init__(self, app, body=BODY):
+        self._app = app
+        self._incoming = asyncio.Queue()
+        self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        self.sent = asyncio.Queue()
+        self.task = asyncio.create_task(self._app(self._scope(), self._incoming.get, self.sent.put))
+
+    @staticmethod
+    def _scope():
+        path = "/v1/chat/completions"
+        return {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+            "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+            "scheme": "http", "server": ("server", 80), "client": ("client", 1),
+            "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+
+    def leave(self):
+        self._incoming.put_nowait({"type": "http.disconnect"})
+
+    async def text(self):
+        """The next piece of the body."""
+        while True:
+            message = await self.sent.get()
+            if message["type"] == "http.response.body":
+                return message["body"].decode()
+
+    async def until(self, found):
+        """Text up to and with the piece that has ``found``."""
+        text = ""
+        while found not in text:
+            text += await self.text()
+        return text
+
+
+async def _settled(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def _app(server):
+    return server.client._transport.app
+
+
+def test_silence_is_filled_with_comments():
+    async def scenario():
+        async with fake_server(keep_alive=0.01) as server:
+            server.engine.gate.clear()
+            client = RawClient(_app(server))
+            before = await client.until(": keep-alive\n\n")
+            server.engine.gate.set()
+            return before + await client.until("[DONE]")
+
+    text = asyncio.run(scenario())
+    pieces = text.split("\n\n")
+    assert '"role":"assistant"' in pieces[0]
+    assert ": keep-alive" in pieces
+    assert pieces[-2] == "data: [DONE]"
+
+
+def test_a_long_prefill_sends_headers_and_comments_before_any_token():
+    async def scenario():
+        async with fake_server(keep_alive=0.01) as server:
+            server.engine.reply = "x"
+            server.engine.gate.clear()
+            client = RawClient(_app(server))
+            start = await client.sent.get()
+            first = await client.text()
+            server.engine.gate.set()
+            await client.until("[DONE]")
+            return start, first
+
+    start, first = asyncio.run(scenario())
+    assert start["status"] == 200
+    assert dict(start["headers"])[b"cache-control"] == b"no-cache"
+    assert first == ": keep-alive\n\n"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_aborts_all_its_choices(stream):
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, "n": 2}
+
+    async def scenario():
+        async with fake_server() as server:
+            server.engine.gate.clear()
+            client = RawClient(_app(server), json.dumps(body).encode())
+            await _settled(lambda: len(server.engine.requests) == 2)
+            client.leave()
+            await client.task
+            assert server.services.admission.num_open == 0
+            return server.engine
+
+    engine = asyncio.run(scenario())
+    assert sorted(engine.aborted) == sorted(request.request_id for request in engine.requests)
+
+
+def test_a_finished_request_is_not_aborted():
+    async def scenario():
+        async with fake_server() as server:
+            await server.chat(stream=True)
+            await server.chat()
+            return server.engine.aborted
+
+    assert asyncio.run(scenario()) == []
+
+
+def test_a_drain_waits_for_what_runs_and_lets_nothing_in():
+    async def scenario():
+        async with fake_server() as server:
+            server.engine.gate.clear()
+            running = asyncio.create_task(server.chat(stream=True))
+            await _settled(lambda: server.services.admission.num_open == 1)
+            draining = asyncio.create_task(server.services.admission.drain(60))
+            await asyncio.sleep(0)
+            refused = await server.chat()
+            ready = await server.client.get("/ready")
+            health = await server.client.get("/health")
+            server.engine.gate.set()
+            await draining
+            return await running, refused, ready, health
+
+    running, refused, ready, health = asyncio.run(scenario())
+    assert events(running)[-1]["choices"][0]["finish_reason"] == "stop"
+    assert (refused.status_code, ready.status_code, health.status_code) == (503, 503, 200)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_drain_that_takes_too_long_ends_what_is_left_with_an_error(stream):
+    async def scenario():
+        async with fake_server() as server:
+            server.engine.gate.clear()
+            running = asyncio.create_task(server.chat(stream=stream))
+            await _settled(lambda: server.engine.requests)
+            await asyncio.sleep(0.01)
+            await server.services.admission.drain(0.01)
+            return await running, server.engine.aborted
+
+    response, aborted = asyncio.run(scenario())
+    error = events(response)[-1]["error"] if stream else response.json()["error"]
+    assert response.status_code == (200 if stream else 503)
+    assert (error["code"], len(aborted)) == ("overloaded", 1)
+
+
+def test_when_the_engine_dies_open_streams_get_an_error():
+    async def scenario():
+        async with fake_server() as server:
+            server.engine.gate.clear()
+            client = RawClient(_app(server))
+            await client.until('"content":"H"')
+            await server.services.admission.end_all(EngineDead("killed at /srv"))
+            return await client.until("[DONE]")
+
+    text = asyncio.run(scenario())
+    assert '"code":"engine_dead"' in text
+    assert "/srv" not in text
+
+
+class Entry:
+    def __init__(self, num_requests=1, num_tokens=10):
+        self.num_requests = num_requests
+        self.num_tokens = num_tokens
+
+    def end(self, error):
+        raise AssertionError("not ended here")
+
+
+def test_admission_counts_requests_and_tokens_back():
+    async def scenario():
+        admission = Admission(max_requests=2, max_tokens=100)
+        first, second = Entry(), Entry()
+        admission.enter(first)
+        admission.enter(second)
+        with pytest.raises(Overloaded) as caught:
+            admission.enter(Entry())
+        admission.leave(first)
+        admission.enter(Entry(num_tokens=90))
+        with pytest.raises(Overloaded):
+            admission.enter(Entry(num_tokens=1))
+        return caught.value.retry_after
+
+    assert asyncio.run(scenario()) > 0
+
+
+def test_a_request_larger_than_the_limit_is_let_in_alone():
+    async def scenario():
+        admission = Admission(max_requests=2, max_tokens=100)
+        admission.enter(Entry(num_requests=128, num_tokens=1000))
+        return admission.num_open
+
+    assert asyncio.run(scenario()) == 1
+
+
+def test_an_idle_server_drains_at_once():
+    async def scenario():
+        await Admission(max_requests=1, max_tokens=1).drain(60)
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
+
+
+def test_many_streams_at_once_are_all_whole():
+    async def scenario():
+        async with fake_server() as server:
+            return await asyncio.gather(*(server.chat(stream=True) for _ in range(64)))
+
+    for response in asyncio.run(scenario()):
+        chunks = events(response)
+        assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == "Hi é!"
+
+
+def test_a_client_that_leaves_before_the_body_is_whole_starts_nothing():
+    async def scenario():
+        async with fake_server() as server:
+            client = RawClient(_app(server))
+            client._incoming.get_nowait()
+            client._incoming.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+            client.leave()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(client.task, 5)
+            return server.engine.requests, client.sent.get_nowait()["status"]
+
+    assert asyncio.run(scenario()) == ([], 400)
