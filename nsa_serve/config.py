@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any, get_type_hints
+
+import msgspec
 
 from .errors import ConfigError
 
@@ -87,6 +90,22 @@ class EngineConfig:
     graph: GraphConfig = field(default_factory=GraphConfig)
     device: str = "auto"  # auto, cpu or cuda
 
+    @classmethod
+    def from_flags(cls, **flags: Any) -> EngineConfig:
+        """The checked configuration that flat flags describe: ``max_num_seqs=8`` and the like.
+
+        Names are the fields' own, and ``scheduling_policy`` for the policy; None means not given.
+        Raises ``ConfigError`` for an unknown name or a value of a wrong type.
+        """
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in flags.items():
+            section, key = _find_flag(name)
+            if value is not None:
+                sections.setdefault(section, {})[key] = _convert_flag(name, section, key, value)
+        top = sections.pop("", {})
+        built = {name: _SECTIONS[name](**values) for name, values in sections.items()}
+        return cls(**built, **top).validate()
+
     def validate(self) -> EngineConfig:
         """Return self, or raise ``ConfigError`` with the flag and the number that can't work."""
         s = self.schedule
@@ -114,6 +133,39 @@ class EngineConfig:
         length = self.source.max_model_len
         _need(length is None or length > 0, f"--max-model-len must be positive, not {length}")
         return self
+
+
+_SECTIONS: dict[str, type] = {
+    "source": ModelSource,
+    "cache": CacheConfig,
+    "schedule": ScheduleConfig,
+    "parallel": ParallelConfig,
+    "graph": GraphConfig,
+}
+_RENAMED = {"scheduling_policy": ("schedule", "policy")}
+
+
+def _find_flag(name: str) -> tuple[str, str]:
+    """(section, field) of a flag; the section is "" for fields of ``EngineConfig`` itself."""
+    if name in _RENAMED:
+        return _RENAMED[name]
+    for section, kind in _SECTIONS.items():
+        if (section, name) not in _RENAMED.values() and name in {f.name for f in fields(kind)}:
+            return section, name
+    _need(name == "device", f"unknown setting {name!r}")
+    return "", name
+
+
+def _convert_flag(name: str, section: str, key: str, value: Any) -> Any:
+    kind = get_type_hints(_SECTIONS.get(section, EngineConfig))[key]
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        choices = [member.value for member in kind]
+        _need(value in choices, f"{flag} is one of {', '.join(choices)}, not {value!r}")
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{flag} {value!r}: {error}") from None
 
 
 def _need(condition: bool, message: str) -> None:

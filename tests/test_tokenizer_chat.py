@@ -79,7 +79,7 @@ def test_the_embedded_template_renders_as_in_transformers(
         expected = yardstick.apply_chat_template(
             messages, chat_template=text, tokenize=False, add_generation_prompt=prompted
         )
-        assert tokenizer.render_chat(messages, add_generation_prompt=prompted) == expected
+        assert tokenizer.apply_chat_template(messages, add_generation_prompt=prompted) == expected
         ids = tokenizer.encode_chat(messages, add_generation_prompt=prompted)
         assert tokenizer.decode(ids, skip_special=False) == expected
 
@@ -171,5 +171,5 @@ def test_a_template_that_is_no_jinja_is_refused_at_load() -> None:
 def test_templates_render_from_many_threads(tokenizer: Tokenizer) -> None:
     talks = [[{"role": "user", "content": f"number {i}"}] for i in range(64)]
     with ThreadPoolExecutor(8) as pool:
-        texts = list(pool.map(tokenizer.render_chat, talks))
+        texts = list(pool.map(tokenizer.apply_chat_template, talks))
     assert all(f"number {i}<|im_end|>" in text for i, text in enumerate(texts))

@@ -57,7 +57,7 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special)
         return text
 
-    def render_chat(
+    def apply_chat_template(
         self,
         messages: Sequence[Message],
         *,
@@ -71,9 +71,9 @@ class Tokenizer:
         )
 
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        """Token ids of a conversation; ``options`` as for ``render_chat``."""
+        """Token ids of a conversation; ``options`` as for ``apply_chat_template``."""
         # Templates write the beginning-of-text token themselves.
-        return self.encode(self.render_chat(messages, **options), add_special=False)
+        return self.encode(self.apply_chat_template(messages, **options), add_special=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, which may be part of a character.

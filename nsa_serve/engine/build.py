@@ -1,0 +1,90 @@
+"""From a configuration to the parts of an engine: the one place that knows how they are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..cache.manager import CacheManager
+from ..config import EngineConfig
+from ..models.checkpoint import Checkpoint, resolve
+from ..runner.worker import Worker
+from ..schedule.scheduler import Scheduler
+from ..tokenizer import Tokenizer, read_source
+from .messages import EngineDescription
+
+OnProgress = Callable[[int, int], None]  # (bytes of weights read, bytes in all)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What ``Engine`` owns, made for each other."""
+
+    scheduler: Scheduler
+    cache: CacheManager
+    worker: Worker
+    tokenizer: Tokenizer | None
+    depth: int
+    description: EngineDescription
+
+
+def build_parts(config: EngineConfig, on_progress: OnProgress | None = None) -> EngineParts:
+    """Load the model and size everything by it.
+
+    Raises ``ConfigError`` or ``CheckpointError`` where that can't be done; the tokenizer is read
+    first, since it is quickly known to be missing.
+    """
+    checkpoint = resolve(config.source)
+    tokenizer = read_tokenizer(config, checkpoint)
+    worker = Worker(config, on_progress)
+    cache = CacheManager(
+        worker.num_blocks,
+        worker.page,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+    )
+    # On a GPU a launch only queues, so the next step is planned while this one runs.
+    depth = 1 if worker.device.type == "cuda" else 0
+    scheduler = Scheduler(
+        config.schedule,
+        cache,
+        max_model_len=worker.max_model_len,
+        token_budget=worker.token_budget,
+        eos_token_ids=frozenset(worker.model_config.eos_token_ids),
+        depth=depth,
+    )
+    description = describe(config, checkpoint, worker, tokenizer)
+    return EngineParts(scheduler, cache, worker, tokenizer, depth, description)
+
+
+def read_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:
+    """The checkpoint's tokenizer. A shape served with random weights may have none."""
+    folder = checkpoint.tokenizer_path
+    has_none = folder is not None and not (folder / "tokenizer.json").is_file()
+    if config.source.random_weights and has_none:
+        return None
+    return Tokenizer(read_source(checkpoint, config.source.chat_template))
+
+
+def describe(
+    config: EngineConfig, checkpoint: Checkpoint, worker: Worker, tokenizer: Tokenizer | None
+) -> EngineDescription:
+    model = worker.model_config
+    return EngineDescription(
+        model_name=config.source.public_name,
+        family=model.family,
+        attention="dense" if model.nsa is None else "nsa",
+        # Other families are dense checkpoints, served with NSA untrained if at all.
+        trained_sparse=model.nsa is not None and model.family == "nsa_serve",
+        dtype=worker.dtype_name,
+        device=worker.device_name,
+        num_layers=model.num_layers,
+        vocab_size=model.vocab_size,
+        max_model_len=worker.max_model_len,
+        page_size=worker.page,
+        num_blocks=worker.num_blocks,
+        token_budget=worker.token_budget,
+        bos_token_id=model.bos_token_id,
+        eos_token_ids=model.eos_token_ids,
+        generation_config=dict(checkpoint.generation_config),
+        tokenizer=None if tokenizer is None else tokenizer.source,
+    )

@@ -1,0 +1,270 @@
+"""The engine: sole owner of scheduler, cache, runner and outputs. One thread calls it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+
+from ..cache.manager import CacheManager
+from ..config import EngineConfig
+from ..errors import RequestError
+from ..request import EngineRequest, FinishReason, Request, RequestOutput
+from ..schedule.plan import SampledToken, StepPlan, StepResult
+from ..schedule.scheduler import Scheduler, StepUpdate
+from ..stats import StatsSnapshot
+from ..tokenizer import Tokenizer
+from .build import OnProgress, build_parts
+from .checks import check_request
+from .messages import EngineDescription
+from .output import OutputState
+
+logger = logging.getLogger(__name__)
+
+
+class PendingResult(Protocol):
+    def result(self) -> StepResult: ...
+
+
+class StepRunner(Protocol):
+    """What runs plans: a worker, or a stand-in for it."""
+
+    def launch(self, plan: StepPlan) -> PendingResult: ...
+
+
+@dataclass(slots=True)
+class _Live:
+    """An accepted request that has not ended."""
+
+    request: Request
+    output: OutputState
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A scheduled step: launched, or failed at it while ``pending`` is None."""
+
+    plan: StepPlan
+    live: list[_Live | None]  # of the plan's chunks; an id may be given anew while it flies
+    pending: PendingResult | None = None
+
+
+class Engine:
+    """Requests in, outputs out; every accepted request ends with exactly one final output.
+
+    ``depth`` steps are launched before the oldest is waited for: 0 where ``launch`` computes (a
+    CPU), 1 where it queues (a GPU). A step that fails ends its own requests, and the engine goes
+    on. ``clock`` (seconds, monotonic) stamps tokens when they arrive.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: CacheManager,
+        runner: StepRunner,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        depth: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        description: EngineDescription | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.description = description
+        self._scheduler = scheduler
+        self._cache = cache
+        self._runner = runner
+        self._vocab_size = vocab_size
+        self._depth = depth
+        self._clock = clock
+        self._live: dict[str, _Live] = {}
+        self._flights: deque[_Flight] = deque()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, on_progress: OnProgress | None = None) -> Self:
+        """The engine that ``config`` asks for, its model loaded.
+
+        Raises ``ConfigError`` or ``CheckpointError``.
+        """
+        parts = build_parts(config, on_progress)
+        return cls(
+            parts.scheduler,
+            parts.cache,
+            parts.worker,
+            parts.tokenizer,
+            vocab_size=parts.description.vocab_size,
+            depth=parts.depth,
+            description=parts.description,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add(self, request: EngineRequest, now: float) -> None:
+        """Accept a request. Raises ``RequestError`` or ``Overloaded`` where it can't be."""
+        try:
+            check_request(request, self._vocab_size)
+        except RequestError:
+            self._scheduler.stats.num_rejected += 1
+            raise
+        accepted = self._scheduler.add(request, now)
+        output = OutputState(request, self.tokenizer, now)
+        self._live[request.request_id] = _Live(accepted, output)
+
+    def abort(self, request_id: str, now: float) -> RequestOutput | None:
+        """End a request at once: its final output, or None if it has ended or never was."""
+        live = self._live.get(request_id)
+        return None if live is None else self._end(live, FinishReason.ABORT, now)
+
+    def step(self, now: float) -> list[RequestOutput]:
+        """Launch the next step and take in the oldest one that is due."""
+        # More are out than the depth allows only where a step was interrupted (Ctrl-C).
+        plan = None
+        if len(self._flights) <= self._depth:
+            plan = self._scheduler.schedule(now)
+        if plan is not None:
+            self._launch(plan)
+        if self._flights and (plan is None or len(self._flights) > self._depth):
+            return self._land()
+        return []
+
+    def stats(self) -> StatsSnapshot:
+        scheduler, cache = self._scheduler, self._cache
+        return scheduler.stats.snapshot(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=cache.num_blocks,
+            num_blocks_in_use=cache.num_in_use,
+            num_blocks_cached=cache.num_cached,
+        )
+
+    def check(self) -> None:
+        """Assert that the books are right: no block, row or request is lost or owned twice."""
+        self._scheduler.check()
+        assert self._scheduler.num_running + self._scheduler.num_waiting == len(self._live), (
+            "the engine and its scheduler know different requests"
+        )
+
+    def _launch(self, plan: StepPlan) -> None:
+        live = [self._live.get(chunk.request_id) for chunk in plan.chunks]
+        flight = _Flight(plan, live)
+        # Noted before the launch: the scheduler awaits this step's result whatever happens.
+        self._flights.append(flight)
+        try:
+            flight.pending = self._runner.launch(plan)
+        except torch.AcceleratorError:
+            raise  # the device is lost, and with it every step to come
+        except Exception:
+            logger.exception("launching step %d failed", plan.step_id)
+
+    def _land(self) -> list[RequestOutput]:
+        """Take in the oldest step."""
+        flight = self._flights[0]
+        result = self._result(flight)
+        self._flights.popleft()
+        now = self._clock()
+        outputs = []
+        if result is None:
+            outputs = self._fail_silent_chunks(flight, now)
+            result = _failed(flight.plan)
+        for update in self._scheduler.apply(result, now):
+            output = self._deliver(update, now)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _result(self, flight: _Flight) -> StepResult | None:
+        """The step's result, or None where it failed."""
+        if flight.pending is None:
+            return None
+        try:
+            return flight.pending.result()
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("step %d failed", flight.plan.step_id)
+            return None
+
+    def _fail_silent_chunks(self, flight: _Flight, now: float) -> list[RequestOutput]:
+        """End the requests of a failed step that were to get no token from it.
+
+        They end before the step is applied, so that what it computed of them is not published.
+        """
+        return [
+            self._end(live, FinishReason.ERROR, now, error=STEP_FAILED)
+            for chunk, live in zip(flight.plan.chunks, flight.live, strict=True)
+            if not chunk.samples and live is not None and not live.output.finished
+        ]
+
+    def _deliver(self, update: StepUpdate, now: float) -> RequestOutput | None:
+        live = self._live[update.request.request_id]
+        try:
+            return self._take_in(live, update, now)
+        except Exception:
+            logger.exception("the output of %s failed", live.output.request_id)
+            return self._end(live, FinishReason.ERROR, now, error=OUTPUT_FAILED)
+
+    def _take_in(self, live: _Live, update: StepUpdate, now: float) -> RequestOutput | None:
+        stopped = _feed(live.output, update, now)
+        if update.finish_reason is not None:
+            return self._end(
+                live,
+                update.finish_reason,
+                now,
+                stop_reason=update.stop_token_id,
+                error=update.error,
+            )
+        if stopped:
+            return self._end(live, FinishReason.STOP, now)
+        return live.output.take()
+
+    def _end(
+        self,
+        live: _Live,
+        reason: FinishReason,
+        now: float,
+        *,
+        stop_reason: int | None = None,
+        error: str | None = None,
+    ) -> RequestOutput:
+        """The final output. The scheduler is told, unless it was the one to say so."""
+        self._scheduler.finish(live.output.request_id, reason, now)
+        live.output.finish(reason, stop_reason=stop_reason, error=error)
+        del self._live[live.output.request_id]
+        final = live.output.take(
+            num_cached=live.request.num_cached, first_scheduled=live.request.first_scheduled
+        )
+        assert final is not None, "a finished request always has a final output"
+        return final
+
+
+STEP_FAILED = "the step that computed this request failed; see the server's log"
+OUTPUT_FAILED = "the text of this request could not be made; see the server's log"
+
+
+def _failed(plan: StepPlan) -> StepResult:
+    """The result of a step that gave none: every token is void."""
+    tokens = [
+        SampledToken(chunk.request_id, -1, error=STEP_FAILED)
+        for chunk in plan.chunks
+        if chunk.samples
+    ]
+    return StepResult(plan.step_id, tokens)
+
+
+def _feed(output: OutputState, update: StepUpdate, now: float) -> bool:
+    """Give a request what the step brought it; true where a stop string is complete."""
+    piece = update.prompt_logprobs
+    if piece is not None:
+        output.add_prompt_logprobs(piece.start, piece.entries)
+    ends = update.finish_reason is FinishReason.STOP
+    for token_id in update.new_token_ids:
+        if output.add_token(token_id, update.logprob, now, ends=ends):
+            return True
+    return False
