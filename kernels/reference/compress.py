@@ -55,27 +55,26 @@ def _apply(phi: Phi, x: Tensor) -> Tensor:
         return x.mean(dim=2)
     if phi.kind is CompressKind.WEIGHTED:
         return (x * _needed(phi.weight, phi).float()[..., None]).sum(dim=2)
-    return _in_tiles(phi, x)
+    product = _in_tiles(phi, x.flatten(2))
+    return product if phi.kind is CompressKind.MLP or phi.down is None else x.mean(dim=2) + product
 
 
 def _in_tiles(phi: Phi, x: Tensor) -> Tensor:
+    """Matrix products of entries [E, Hkv, l·D] -> [E, Hkv, D]."""
     entries = x.shape[0]
-    x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -entries % _TILE))
-    product = _mlp if phi.kind is CompressKind.MLP else _linear
-    return torch.cat([product(phi, tile) for tile in torch.split(x, _TILE)])[:entries]
+    x = F.pad(x, (0, 0, 0, 0, 0, -entries % _TILE))
+    tiles = [_products(phi, tile.transpose(0, 1)) for tile in torch.split(x, _TILE)]
+    return torch.cat(tiles, dim=1).transpose(0, 1)[:entries]
 
 
-def _linear(phi: Phi, x: Tensor) -> Tensor:
-    flat = x.flatten(2).transpose(0, 1)  # [Hkv, E, l·D]
+def _products(phi: Phi, x: Tensor) -> Tensor:
+    """[Hkv, E, l·D] -> [Hkv, E, D]."""
     if phi.down is None:
-        return (flat @ _needed(phi.weight, phi).float()).transpose(0, 1)
-    low_rank = flat @ phi.down.float() @ _needed(phi.up, phi).float()
-    return x.mean(dim=2) + low_rank.transpose(0, 1)
-
-
-def _mlp(phi: Phi, x: Tensor) -> Tensor:
-    hidden = F.silu(x.flatten(2).transpose(0, 1) @ _needed(phi.down, phi).float())
-    return (hidden @ _needed(phi.up, phi).float()).transpose(0, 1)
+        return x @ _needed(phi.weight, phi).float()
+    hidden = x @ phi.down.float()
+    if phi.kind is CompressKind.MLP:
+        hidden = F.silu(hidden)
+    return hidden @ _needed(phi.up, phi).float()
 
 
 def _needed(weight: Tensor | None, phi: Phi) -> Tensor:
