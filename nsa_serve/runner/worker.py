@@ -1,0 +1,208 @@
+"""One device's part of the engine: the model, its cache and the runner, from the configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from ..config import EngineConfig
+from ..errors import ConfigError
+from ..memory.device_pool import DevicePool
+from ..memory.layout import KVLayout
+from ..models.checkpoint import Checkpoint, resolve
+from ..models.config import ModelConfig, with_attention, with_context
+from ..models.decoder import Decoder
+from ..models.families import model_config
+from ..models.layers import choose_dtype
+from ..models.loader import load_decoder, num_weight_bytes
+from ..schedule.plan import StepPlan
+from .budget import CacheSize, check_weights, default_cpu_cache, free_bytes, shown, size_cache
+from .model_runner import ModelRunner, PendingStep
+from .profile import measure_peak
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+_TOKEN_BUDGET = {"cpu": 2048, "cuda": 8192}
+_TOO_BIG = {
+    "cpu": "use --dtype bfloat16 or a smaller model",
+    "cuda": "raise --gpu-memory-utilization, or use --dtype bfloat16 or a smaller model",
+}
+
+
+class Worker:
+    """Loads the model, sizes the cache and runs plans.
+
+    Raises ``ConfigError`` or ``CheckpointError``, before any weight is read where it can be known.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+        self.config = config
+        self.device = choose_device(config.device)
+        self.checkpoint = resolve(config.source)
+        self.model_config = served_model(self.checkpoint, config)
+        self.dtype = choose_dtype(config.source.dtype, self.device)
+        self.layout = KVLayout.of(self.model_config, self.dtype)
+        self.token_budget = token_budget(config, self.device)
+        self._free_at_start = free_bytes(self.device)
+        self.num_weight_bytes = num_weight_bytes(self.model_config, self.dtype)
+        self._check_fit()
+        self._model = self._load(progress)
+        size = self._size_cache()
+        self.max_model_len, self.num_blocks = size.max_model_len, size.num_blocks
+        pool = DevicePool(self.layout, self.num_blocks, self.num_blocks, self.device)
+        self.num_cache_bytes = pool.num_bytes
+        self._runner = self._build_runner(pool, self.max_model_len)
+
+    @property
+    def page(self) -> int:
+        """Tokens of a block."""
+        return self.layout.page
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def device_name(self) -> str:
+        """The device as a person knows it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
+
+    @property
+    def num_cache_tokens(self) -> int:
+        return self.num_blocks * self.page
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Queue a step; its ``result()`` waits for it."""
+        return self._runner.launch(plan)
+
+    def describe(self) -> str:
+        """One line: device, type, bytes of the weights, size of the cache."""
+        return (
+            f"{self.dtype_name} on {self.device_name}, weights {shown(self.num_weight_bytes)}, "
+            f"cache {self.num_cache_tokens:,} tokens ({shown(self.num_cache_bytes)}), "
+            f"context {self.max_model_len:,}"
+        )
+
+    @property
+    def _usable(self) -> int:
+        """Bytes of the free memory at start that model, steps and cache may take together."""
+        if self.device.type == "cuda":
+            return int(self._free_at_start * self.config.cache.gpu_memory_utilization)
+        return self._free_at_start
+
+    def _check_fit(self) -> None:
+        """Refuse what can't fit, before the weights are loaded."""
+        asked = self.config.cache.kv_cache_memory_bytes or 0
+        flags = _TOO_BIG[self.device.type]
+        weights, free, usable = self.num_weight_bytes, self._free_at_start, self._usable
+        check_weights(weights, free, usable=usable, flags=flags)
+        if weights + asked >= free:
+            raise ConfigError(
+                f"weights of {shown(weights)} and --kv-cache-memory-bytes {asked} "
+                f"({shown(asked)}) exceed the free memory of {shown(free)}: lower that flag"
+            )
+
+    def _load(self, progress: Progress | None) -> Decoder:
+        source = self.config.source
+        return load_decoder(
+            self.checkpoint,
+            self.model_config,
+            device=self.device,
+            dtype=self.dtype,
+            seed=source.seed if source.random_weights else None,
+            progress=progress,
+        )
+
+    def _size_cache(self) -> CacheSize:
+        length = self.model_config.max_position
+        on_cuda = self.device.type == "cuda"
+        num_bytes = self._measured_cache_bytes(length) if on_cuda else self._cpu_cache_bytes()
+        size = size_cache(
+            num_bytes,
+            self.layout,
+            max_model_len=length,
+            max_num_seqs=self.config.schedule.max_num_seqs,
+            is_explicit=self.config.source.max_model_len is not None,
+        )
+        if size.max_model_len < length:
+            logger.warning(
+                "the context is %d tokens, not the checkpoint's %d: the cache of %s holds no more; "
+                "raise --kv-cache-memory-bytes or --gpu-memory-utilization",
+                size.max_model_len,
+                length,
+                shown(num_bytes),
+            )
+        return size
+
+    def _cpu_cache_bytes(self) -> int:
+        asked = self.config.cache.kv_cache_memory_bytes
+        return asked or default_cpu_cache(free_bytes(self.device))
+
+    def _measured_cache_bytes(self, max_model_len: int) -> int:
+        """What weights and the heaviest step leave of the usable memory, or what the flag says."""
+        peak = measure_peak(
+            lambda pool: self._build_runner(pool, max_model_len, use_graphs=False),
+            self.layout,
+            max_rows=self.config.schedule.max_num_seqs,
+            max_tokens=self.token_budget,
+            max_model_len=max_model_len,
+            device=self.device,
+        )
+        torch.cuda.empty_cache()
+        # Weights, and what the driver and its libraries took meanwhile.
+        taken = self._free_at_start - free_bytes(self.device)
+        asked = self.config.cache.kv_cache_memory_bytes
+        if asked is None:
+            return self._usable - taken - peak
+        if asked > self._free_at_start - taken - peak:
+            raise ConfigError(
+                f"--kv-cache-memory-bytes {asked} exceeds the free {shown(self._free_at_start)} "
+                f"less {shown(taken)} for weights and {shown(peak)} for steps: lower that flag"
+            )
+        return asked
+
+    def _build_runner(
+        self, pool: DevicePool, max_model_len: int, *, use_graphs: bool = True
+    ) -> ModelRunner:
+        eager = self.config.graph.enforce_eager or self.device.type != "cuda"
+        return ModelRunner(
+            self._model,
+            pool,
+            vocab_size=self.model_config.vocab_size,
+            eos_token_ids=self.model_config.eos_token_ids,
+            max_rows=self.config.schedule.max_num_seqs,
+            max_tokens=self.token_budget,
+            max_model_len=max_model_len,
+            use_graphs=use_graphs and not eager,
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto`` is CUDA where there is one."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("--device cuda, but torch finds no CUDA device here: use --device cpu")
+    on_cuda = name == "cuda" or (name == "auto" and available)
+    return torch.device("cuda", 0) if on_cuda else torch.device("cpu")
+
+
+def served_model(checkpoint: Checkpoint, config: EngineConfig) -> ModelConfig:
+    """What the checkpoint is, as ``--attention`` and ``--max-model-len`` serve it."""
+    model = with_attention(model_config(checkpoint), config.source.attention)
+    return with_context(model, config.source.max_model_len)
+
+
+def token_budget(config: EngineConfig, device: torch.device) -> int:
+    """Tokens of a step: the flag's, else by device, and at least one for each request."""
+    asked = config.schedule.max_num_batched_tokens
+    return asked or max(_TOKEN_BUDGET[device.type], config.schedule.max_num_seqs)
