@@ -1,0 +1,1 @@
+"""The ops in Triton: same names and signatures as the reference, for CUDA tensors."""

@@ -1,0 +1,667 @@
+"""Decode-time compressed attention and block selection: split over the context, merged exactly.
+
+Two launches. The first attends every split of the visible compressed entries and leaves, per split,
+the running (maximum, sum, accumulator) and, per head and page, the logarithm of what the page's
+entries give to their own block and to the one before it: 1/2 of the raw scores in size, and free of
+the split's maximum. The second merges the splits, sums the group's block scores and takes the top n
+by a bitwise threshold search, which yields ascending indices without sorting.
+
+Splits follow from a row's context alone, so a row's bytes do not depend on its neighbours. The
+grid is sized by host-side bounds: a captured graph serves any context up to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..contracts import check
+from ..shapes import CompressedKV, NSAShape, StepBatch
+
+Tensor = torch.Tensor
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTiles:
+    """Sizes of the decode kernels. ``min_split`` and ``spread`` fix the split of a context."""
+
+    entries: int = 64  # of a tile of the inner loop
+    min_split: int = 128  # entries; a split is the smallest power of two times this ...
+    spread: int = 16  # ... whose square is at least spread × the entries of the row
+    warps: int = 4
+    stages: int = 3
+    query_rows: int = 64  # tokens × heads of one program, where a row has several tokens
+    max_programs: int = 4096  # beyond these a program takes several rows in turn
+    select_blocks: int = 4096  # blocks ranked by one program
+    select_warps: int = 8
+    merge_heads: int = 4
+    scratch_bytes: int = 512 << 20
+
+
+TILES = CompressedTiles()
+
+
+def fitting_stages(stages: int, tile_bytes: int) -> int:
+    """At most ``stages``, and at most what shared memory (227 KB on Hopper) holds of such tiles."""
+    return max(1, min(stages, (200 << 10) // tile_bytes))
+
+
+def split_size(num_slots: int, tiles: CompressedTiles) -> int:
+    """Entries of a split in a row with ``num_slots`` entry slots. Twin of ``_split_size``."""
+    size = tiles.min_split
+    while size * size < tiles.spread * num_slots and size < tiles.min_split << 6:
+        size *= 2
+    return size
+
+
+def max_splits(max_slots: int, tiles: CompressedTiles) -> int:
+    """The most splits of any row with at most ``max_slots`` entry slots."""
+    most, size = 1, tiles.min_split
+    while True:
+        last = size * size // tiles.spread  # slots up to which this size serves
+        final = size >= tiles.min_split << 6 or last >= max_slots
+        most = max(most, triton.cdiv(max_slots if final else last, size))
+        if final:
+            return most
+        size *= 2
+
+
+@triton.jit
+def _num_slots(context, LEN: tl.constexpr, STRIDE: tl.constexpr):
+    """Entry slots of a row, up to and including its last visible entry; 0 where none is."""
+    visible = tl.where(context < LEN, 0, (context - LEN) // STRIDE + 1)
+    return tl.where(visible > 0, visible + LEN // STRIDE - 1, 0)
+
+
+@triton.jit
+def _split_size(num_slots, MIN_SPLIT: tl.constexpr, SPREAD: tl.constexpr):
+    size = num_slots * 0 + MIN_SPLIT
+    for _ in tl.static_range(6):
+        size = tl.where(size * size < SPREAD * num_slots, size * 2, size)
+    return size
+
+
+@triton.jit
+def _log2(x):
+    """log2, with the zero's -inf written out: an empty page must stay out of every sum."""
+    return tl.where(x > 0, tl.log2(tl.where(x > 0, x, 1.0)), float("-inf"))
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_token", "last_token"])
+def _attend_splits(
+    q_ptr,  # [T, Hq, Dk]
+    k_ptr,  # [N, Hkv, P/d, Dk]
+    v_ptr,  # [N, Hkv, P/d, Dv]
+    positions_ptr,  # [T]
+    cu_seqlens_ptr,  # [B+1]
+    context_lens_ptr,  # [B]
+    block_table_ptr,  # [B, M]
+    max_ptr,  # [tokens, Hq, splits]
+    sum_ptr,  # [tokens, Hq, splits]
+    acc_ptr,  # [tokens, Hq, splits, Dv]
+    own_ptr,  # [tokens, Hq, pages]
+    prev_ptr,  # [tokens, Hq, pages]
+    num_rows,
+    first_token,
+    last_token,
+    num_pages,
+    scale,
+    stride_qt,
+    stride_qh,
+    stride_kn,
+    stride_kh,
+    stride_ke,
+    stride_vn,
+    stride_vh,
+    stride_ve,
+    stride_table,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DK_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a row, in one program
+    ROWS: tl.constexpr,  # TOKENS × G, padded
+    LEN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    SELECTED: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WITH_OUTPUT: tl.constexpr,
+):
+    GROUP: tl.constexpr = HQ // HKV
+    PER_PAGE: tl.constexpr = PAGE // STRIDE
+    OVERLAP: tl.constexpr = LEN // STRIDE
+    PAGES: tl.constexpr = ENTRIES // PER_PAGE
+    # Heads vary fastest: neighbouring programs read neighbouring runs of the same blocks.
+    head = tl.program_id(0) % HKV
+    token_tile = tl.program_id(0) // HKV
+    split = tl.program_id(1)
+    rows = tl.arange(0, ROWS)
+    dk = tl.arange(0, DK_PAD)
+    dv = tl.arange(0, DV_PAD)
+    slot_in_page = tl.arange(0, PER_PAGE)
+    own_weight = tl.minimum(slot_in_page + 1, OVERLAP).to(tl.float32)
+    prev_weight = tl.maximum(OVERLAP - 1 - slot_in_page, 0).to(tl.float32)
+    for row in range(tl.program_id(2), num_rows, tl.num_programs(2)):
+        row_first = tl.load(cu_seqlens_ptr + row)
+        row_last = tl.load(cu_seqlens_ptr + row + 1)
+        num_slots = _num_slots(tl.load(context_lens_ptr + row), LEN, STRIDE)
+        size = _split_size(num_slots, MIN_SPLIT, SPREAD)
+        begin = split * size
+        end = tl.minimum(begin + size, num_slots)
+        tokens = row_first + token_tile * TOKENS + rows // GROUP
+        live = (rows < TOKENS * GROUP) & (tokens < row_last)
+        live &= (tokens >= first_token) & (tokens < last_token)
+        if (begin < end) & (tl.sum(live.to(tl.int32), 0) > 0):
+            heads = head * GROUP + rows % GROUP
+            position = tl.load(positions_ptr + tokens, mask=live, other=-1).to(tl.int32)
+            last_slot = _num_slots(position + 1, LEN, STRIDE)  # [ROWS]
+            scored = live & (position // PAGE + 1 > SELECTED)
+            any_scored = tl.sum(scored.to(tl.int32), 0) > 0
+            q_at = tokens.to(tl.int64) * stride_qt + heads * stride_qh
+            q = tl.load(
+                q_ptr + q_at[:, None] + dk[None, :],
+                mask=live[:, None] & (dk < DK)[None, :],
+                other=0.0,
+            )  # [ROWS, DK]
+            out_at = (tokens - first_token).to(tl.int64) * HQ + heads  # [ROWS]
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+            k_head = k_ptr + head * stride_kh
+            v_head = v_ptr + head * stride_vh
+            table = block_table_ptr + row * stride_table
+            # Block ids are loaded one turn ahead by hand: the pipeliner would spend a stage of
+            # buffers on them.
+            slots = begin + tl.arange(0, ENTRIES)
+            block = tl.load(table + slots // PER_PAGE, mask=slots < end, other=0).to(tl.int64)
+            for start in range(begin, end, ENTRIES):
+                slots = start + tl.arange(0, ENTRIES)
+                stored = (slots >= OVERLAP - 1) & (slots < end)
+                in_page = slots % PER_PAGE
+                following = tl.load(
+                    table + (slots + ENTRIES) // PER_PAGE, mask=slots + ENTRIES < end, other=0
+                )
+                k = tl.load(
+                    k_head + (block * stride_kn + in_page * stride_ke)[None, :] + dk[:, None],
+                    mask=stored[None, :] & (dk < DK)[:, None],
+                    other=0.0,
+                )  # [DK, ENTRIES]
+                scores = tl.dot(q, k, input_precision="ieee") * scale
+                visible = stored[None, :] & (slots[None, :] < last_slot[:, None])
+                scores = tl.where(visible, scores, float("-inf"))
+                new_top = tl.maximum(top, tl.max(scores, 1))
+                shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+                p = tl.exp2(scores - shift[:, None])  # [ROWS, ENTRIES]
+                decay = tl.exp2(top - shift)
+                total = total * decay + tl.sum(p, 1)
+                top = new_top
+                if WITH_OUTPUT:
+                    v = tl.load(
+                        v_head + (block * stride_vn + in_page * stride_ve)[:, None] + dv[None, :],
+                        mask=stored[:, None] & (dv < DV)[None, :],
+                        other=0.0,
+                    )  # [ENTRIES, DV]
+                    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+                if any_scored:
+                    by_page = tl.reshape(p, [ROWS, PAGES, PER_PAGE])
+                    own = tl.sum(by_page * own_weight[None, None, :], 2)
+                    prev = tl.sum(by_page * prev_weight[None, None, :], 2)
+                    page = start // PER_PAGE + tl.arange(0, PAGES)
+                    at = out_at[:, None] * num_pages + page[None, :]
+                    keep = scored[:, None] & (page < num_pages)[None, :]
+                    tl.store(own_ptr + at, _log2(own) + shift[:, None], mask=keep)
+                    tl.store(prev_ptr + at, _log2(prev) + shift[:, None], mask=keep)
+                block = following.to(tl.int64)
+            tl.store(max_ptr + out_at * SPLITS + split, top, mask=live)
+            tl.store(sum_ptr + out_at * SPLITS + split, total, mask=live)
+            if WITH_OUTPUT:
+                at = (out_at * SPLITS + split)[:, None] * DV + dv[None, :]
+                tl.store(acc_ptr + at, acc, mask=live[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def _threshold(key, WANTED: tl.constexpr):
+    """The largest x ≥ 0 with at least WANTED keys ≥ x, two bits a round; 0 where fewer are."""
+    x = tl.sum(key * 0, 0)
+    for step in tl.static_range(15):
+        shift = 29 - 2 * step
+        low = (key >= x + (1 << shift)).to(tl.int32)
+        middle = (key >= x + (2 << shift)).to(tl.int32)
+        both = tl.sum(low + (middle << 16), 0)
+        high = tl.sum((key >= x + (3 << shift)).to(tl.int32), 0)
+        digit = ((both & 0xFFFF) >= WANTED).to(tl.int32) + ((both >> 16) >= WANTED).to(tl.int32)
+        x += (digit + (high >= WANTED).to(tl.int32)) << shift
+    last = tl.sum((key > x).to(tl.int32), 0)
+    return x + (last >= WANTED).to(tl.int32)
+
+
+@triton.jit
+def _top_ranks(key, WANTED: tl.constexpr):
+    """Which of the keys (negative: none) are the WANTED highest, first come first on a tie.
+
+    Returns (taken, rank among the taken in order of appearance, how many are taken).
+    """
+    x = _threshold(key, WANTED)
+    above = (key > x).to(tl.int32)
+    equal = (key == x).to(tl.int32)
+    both = above + (equal << 16)
+    before = tl.cumsum(both, 0) - both
+    sums = tl.sum(both, 0)
+    wanted_equal = WANTED - (sums & 0xFFFF)
+    equal_before = before >> 16
+    taken = (above > 0) | ((equal > 0) & (equal_before < wanted_equal))
+    rank = (before & 0xFFFF) + tl.minimum(equal_before, wanted_equal)
+    return taken, rank, (sums & 0xFFFF) + tl.minimum(sums >> 16, wanted_equal)
+
+
+@triton.jit
+def _log_sum(
+    max_ptr, sum_ptr, at, live, num_splits, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr
+):
+    """log2 of the softmax denominator of heads at ``at``; 0 where nothing is visible."""
+    splits = tl.arange(0, SPLITS_PAD)
+    where = at[:, None] * SPLITS + splits[None, :]
+    stored = live[:, None] & (splits < num_splits)[None, :]
+    top = tl.load(max_ptr + where, mask=stored, other=float("-inf"))
+    total = tl.load(sum_ptr + where, mask=stored, other=0.0)
+    highest = tl.max(top, 1)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    denominator = tl.sum(total * tl.exp2(top - shift[:, None]), 1)
+    return tl.where(
+        denominator > 0, shift + tl.log2(tl.where(denominator > 0, denominator, 1.0)), 0
+    )
+
+
+@triton.jit
+def _merge_output(
+    out_ptr,
+    max_ptr,
+    sum_ptr,
+    acc_ptr,
+    token,
+    scratch_token,
+    head,
+    part,
+    num_splits,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    GROUP: tl.constexpr = HQ // HKV
+    STEP: tl.constexpr = 8 if SPLITS_PAD >= 8 else SPLITS_PAD
+    in_group = part * HEADS + tl.arange(0, HEADS)
+    live = in_group < GROUP
+    at = scratch_token.to(tl.int64) * HQ + head * GROUP + in_group
+    log_sum = _log_sum(max_ptr, sum_ptr, at, live, num_splits, SPLITS, SPLITS_PAD)
+    dv = tl.arange(0, DV_PAD)
+    out = tl.zeros([HEADS, DV_PAD], tl.float32)
+    for first in range(0, num_splits, STEP):
+        splits = first + tl.arange(0, STEP)
+        stored = live[:, None] & (splits < num_splits)[None, :]
+        where = at[:, None] * SPLITS + splits[None, :]
+        top = tl.load(max_ptr + where, mask=stored, other=float("-inf"))
+        weight = tl.exp2(top - log_sum[:, None])
+        acc = tl.load(
+            acc_ptr + where[:, :, None] * DV + dv[None, None, :],
+            mask=stored[:, :, None] & (dv < DV)[None, None, :],
+            other=0.0,
+        )  # [HEADS, STEP, DV]
+        out += tl.sum(acc * weight[:, :, None], 1)
+    out_at = (token.to(tl.int64) * HQ + head * GROUP + in_group)[:, None] * DV + dv[None, :]
+    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), live[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def _block_keys(
+    max_ptr,
+    sum_ptr,
+    own_ptr,
+    prev_ptr,
+    scratch_token,
+    head,
+    blocks,
+    current,
+    num_splits,
+    scored_pages,
+    num_pages,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    SELECTED: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    """Rank keys of blocks: the bits of the group's score, the largest int where forced, else -1."""
+    GROUP: tl.constexpr = HQ // HKV
+    score = tl.zeros(blocks.shape, tl.float32)
+    if current + 1 > SELECTED:
+        for first in tl.static_range(0, GROUP, HEADS):
+            in_group = first + tl.arange(0, HEADS)
+            live = in_group < GROUP
+            at = scratch_token.to(tl.int64) * HQ + head * GROUP + in_group
+            log_sum = _log_sum(max_ptr, sum_ptr, at, live, num_splits, SPLITS, SPLITS_PAD)
+            where = at[:, None] * num_pages + blocks[None, :]
+            own = tl.load(
+                own_ptr + where,
+                mask=live[:, None] & (blocks < scored_pages)[None, :],
+                other=float("-inf"),
+            )
+            following = tl.load(
+                prev_ptr + where + 1,
+                mask=live[:, None] & (blocks + 1 < scored_pages)[None, :],
+                other=float("-inf"),
+            )
+            share = tl.exp2(own - log_sum[:, None]) + tl.exp2(following - log_sum[:, None])
+            score += tl.sum(share, 0)
+    forced = (blocks < INITIAL) | (blocks > current - LOCAL)
+    key = tl.where(forced, 0x7FFFFFFF, score.to(tl.int32, bitcast=True))
+    return tl.where(blocks <= current, key, -1)
+
+
+@triton.jit(do_not_specialize=["first_token"])
+def _select_and_merge(
+    positions_ptr,
+    token_rows_ptr,
+    context_lens_ptr,
+    max_ptr,
+    sum_ptr,
+    acc_ptr,
+    own_ptr,
+    prev_ptr,
+    out_ptr,  # [T, Hq, Dv]
+    selection_ptr,  # [T, Hkv, n]
+    key_ptr,  # [tokens, Hkv, chunks, n], where there is more than one chunk
+    block_ptr,
+    first_token,
+    num_pages,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    LEN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    SELECTED: tl.constexpr,
+    SELECTED_PAD: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,  # blocks
+    CHUNKS: tl.constexpr,
+    SCORE_HEADS: tl.constexpr,
+    MERGE_HEADS: tl.constexpr,
+):
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    scratch_token = tl.program_id(2)
+    token = first_token + scratch_token
+    position = tl.load(positions_ptr + token).to(tl.int32)
+    row = tl.load(token_rows_ptr + token)
+    context = tl.where(position < 0, 0, tl.load(context_lens_ptr + row))
+    num_slots = _num_slots(context, LEN, STRIDE)
+    num_splits = tl.cdiv(num_slots, _split_size(num_slots, MIN_SPLIT, SPREAD))
+    if part < CHUNKS:
+        blocks = part * CHUNK + tl.arange(0, CHUNK)
+        current = tl.where(position < 0, -1, position // PAGE)
+        key = _block_keys(
+            max_ptr,
+            sum_ptr,
+            own_ptr,
+            prev_ptr,
+            scratch_token,
+            head,
+            blocks,
+            current,
+            num_splits,
+            tl.cdiv(num_slots, PAGE // STRIDE),
+            num_pages,
+            HQ,
+            HKV,
+            INITIAL,
+            LOCAL,
+            SELECTED,
+            SCORE_HEADS,
+            SPLITS,
+            SPLITS_PAD,
+        )
+        taken, rank, count = _top_ranks(key, SELECTED)
+        places = tl.arange(0, SELECTED_PAD)
+        empty = (places >= count) & (places < SELECTED)
+        if CHUNKS == 1:
+            to = selection_ptr + (token.to(tl.int64) * HKV + head) * SELECTED
+        else:
+            at = ((scratch_token.to(tl.int64) * HKV + head) * CHUNKS + part) * SELECTED
+            tl.store(key_ptr + at + rank, key, mask=taken)
+            tl.store(key_ptr + at + places, -1, mask=empty)
+            to = block_ptr + at
+        tl.store(to + rank, blocks, mask=taken)
+        tl.store(to + places, -1, mask=empty)
+    else:
+        _merge_output(
+            out_ptr,
+            max_ptr,
+            sum_ptr,
+            acc_ptr,
+            token,
+            scratch_token,
+            head,
+            part - CHUNKS,
+            num_splits,
+            HQ,
+            HKV,
+            DV,
+            DV_PAD,
+            MERGE_HEADS,
+            SPLITS,
+            SPLITS_PAD,
+        )
+
+
+@triton.jit(do_not_specialize=["first_token"])
+def _select_of_chunks(
+    key_ptr,  # [tokens, Hkv, chunks, n]
+    block_ptr,
+    selection_ptr,  # [T, Hkv, n]
+    first_token,
+    HKV: tl.constexpr,
+    SELECTED: tl.constexpr,
+    SELECTED_PAD: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    CANDIDATES_PAD: tl.constexpr,
+):
+    """The top n of the chunks' top n: chunks ascend and so do their blocks, so ties keep order."""
+    head = tl.program_id(0)
+    scratch_token = tl.program_id(1)
+    at = (scratch_token.to(tl.int64) * HKV + head) * CANDIDATES
+    places = tl.arange(0, CANDIDATES_PAD)
+    key = tl.load(key_ptr + at + places, mask=places < CANDIDATES, other=-1)
+    blocks = tl.load(block_ptr + at + places, mask=places < CANDIDATES, other=-1)
+    taken, rank, count = _top_ranks(key, SELECTED)
+    to = selection_ptr + ((first_token + scratch_token).to(tl.int64) * HKV + head) * SELECTED
+    tl.store(to + rank, blocks, mask=taken)
+    rest = tl.arange(0, SELECTED_PAD)
+    tl.store(to + rest, -1, mask=(rest >= count) & (rest < SELECTED))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Everything the launches share, from host-side bounds alone."""
+
+    hq: int
+    hkv: int
+    dv: int
+    pages: int  # of the longest context
+    splits: int
+    tokens: int  # of one scratch, and of one pass
+    chunk: int
+    chunks: int
+
+
+def _plan(
+    q: Tensor, compressed: CompressedKV, batch: StepBatch, nsa: NSAShape, tiles: CompressedTiles
+) -> _Plan:
+    hq, hkv, dv = q.shape[1], compressed.k.shape[1], compressed.v.shape[3]
+    pages = max(1, triton.cdiv(batch.max_context_len, nsa.page))
+    splits = max_splits(pages * nsa.entries_per_page, tiles)
+    per_token = 4 * hq * (splits * (dv + 2) + 2 * pages)
+    tokens = max(1, min(batch.num_tokens, tiles.scratch_bytes // per_token))
+    chunk = min(tiles.select_blocks, max(16, triton.next_power_of_2(pages)))
+    return _Plan(hq, hkv, dv, pages, splits, tokens, chunk, triton.cdiv(pages, chunk))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scratch:
+    """Partial results of the tokens of one pass."""
+
+    top: Tensor  # [tokens, Hq, splits] fp32, base 2
+    total: Tensor  # [tokens, Hq, splits] fp32
+    acc: Tensor  # [tokens, Hq, splits, Dv] fp32
+    own: Tensor  # [tokens, Hq, pages] fp32, base 2
+    prev: Tensor  # [tokens, Hq, pages] fp32, base 2
+    keys: Tensor  # [tokens, Hkv, chunks, n] int32
+    blocks: Tensor  # [tokens, Hkv, chunks, n] int32
+
+
+def _scratch(plan: _Plan, device: torch.device, nsa: NSAShape, with_output: bool) -> _Scratch:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    heads = (plan.tokens, plan.hq)
+    candidates = (plan.tokens, plan.hkv, plan.chunks, nsa.num_selected) if plan.chunks > 1 else (0,)
+    return _Scratch(
+        top=empty(*heads, plan.splits),
+        total=empty(*heads, plan.splits),
+        acc=empty(*heads, plan.splits, plan.dv) if with_output else empty(0),
+        own=empty(*heads, plan.pages),
+        prev=empty(*heads, plan.pages),
+        keys=empty(*candidates, dtype=torch.int32),
+        blocks=empty(*candidates, dtype=torch.int32),
+    )
+
+
+def _launch_splits(
+    q: Tensor,
+    compressed: CompressedKV,
+    batch: StepBatch,
+    scratch: _Scratch,
+    first: int,
+    last: int,
+    plan: _Plan,
+    nsa: NSAShape,
+    with_output: bool,
+    tiles: CompressedTiles,
+) -> None:
+    k, v = compressed.k, compressed.v
+    group, dk = plan.hq // plan.hkv, q.shape[2]
+    tokens = min(batch.max_query_len, max(1, tiles.query_rows // group))
+    across = plan.hkv * triton.cdiv(batch.max_query_len, tokens)
+    dk_pad, dv_pad = triton.next_power_of_2(dk), triton.next_power_of_2(plan.dv)
+    entries = max(tiles.entries, nsa.entries_per_page)
+    turns = triton.cdiv(batch.num_rows * across * plan.splits, tiles.max_programs)
+    grid = (across, plan.splits, triton.cdiv(batch.num_rows, turns))
+    _attend_splits[grid](
+        q, k, v, batch.positions, batch.cu_seqlens_q, batch.context_lens, batch.block_table,
+        scratch.top, scratch.total, scratch.acc, scratch.own, scratch.prev,
+        batch.num_rows, first, last, plan.pages, LOG2_E / dk**0.5,
+        q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], batch.block_table.stride(0),
+        HQ=plan.hq, HKV=plan.hkv, DK=dk, DV=plan.dv,
+        DK_PAD=dk_pad, DV_PAD=dv_pad, TOKENS=tokens,
+        ROWS=max(16, triton.next_power_of_2(tokens * group)),
+        LEN=nsa.compress_len, STRIDE=nsa.compress_stride, PAGE=nsa.page, SELECTED=nsa.num_selected,
+        ENTRIES=entries, MIN_SPLIT=tiles.min_split,
+        SPREAD=tiles.spread, SPLITS=plan.splits, WITH_OUTPUT=with_output,
+        num_warps=tiles.warps,
+        num_stages=fitting_stages(tiles.stages, entries * (dk_pad + dv_pad) * k.element_size()),
+    )  # fmt: skip
+
+
+def _launch_selection(
+    batch: StepBatch,
+    scratch: _Scratch,
+    out: Tensor | None,
+    selection: Tensor,
+    first: int,
+    last: int,
+    plan: _Plan,
+    nsa: NSAShape,
+    tiles: CompressedTiles,
+) -> None:
+    group, n = plan.hq // plan.hkv, nsa.num_selected
+    merge_heads = min(tiles.merge_heads, triton.next_power_of_2(group))
+    score_heads = max(1, 2048 * tiles.select_warps // plan.chunk)
+    parts = plan.chunks + (0 if out is None else triton.cdiv(group, merge_heads))
+    n_pad = triton.next_power_of_2(n)
+    _select_and_merge[parts, plan.hkv, last - first](
+        batch.positions, batch.token_rows, batch.context_lens,
+        scratch.top, scratch.total, scratch.acc, scratch.own, scratch.prev,
+        scratch.acc if out is None else out, selection, scratch.keys, scratch.blocks,
+        first, plan.pages,
+        HQ=plan.hq, HKV=plan.hkv, DV=plan.dv, DV_PAD=triton.next_power_of_2(plan.dv),
+        LEN=nsa.compress_len, STRIDE=nsa.compress_stride, PAGE=nsa.page,
+        SELECTED=n, SELECTED_PAD=n_pad, INITIAL=nsa.num_initial, LOCAL=nsa.num_local,
+        MIN_SPLIT=tiles.min_split, SPREAD=tiles.spread, SPLITS=plan.splits,
+        SPLITS_PAD=triton.next_power_of_2(plan.splits), CHUNK=plan.chunk, CHUNKS=plan.chunks,
+        SCORE_HEADS=min(score_heads, triton.next_power_of_2(group)), MERGE_HEADS=merge_heads,
+        num_warps=tiles.select_warps,
+    )  # fmt: skip
+    if plan.chunks > 1:
+        candidates = plan.chunks * n
+        _select_of_chunks[plan.hkv, last - first](
+            scratch.keys, scratch.blocks, selection, first,
+            HKV=plan.hkv, SELECTED=n, SELECTED_PAD=n_pad, CANDIDATES=candidates,
+            CANDIDATES_PAD=triton.next_power_of_2(candidates), num_warps=1,
+        )  # fmt: skip
+
+
+def decode_compressed_attention(
+    q: Tensor,
+    compressed: CompressedKV,
+    batch: StepBatch,
+    *,
+    nsa: NSAShape,
+    with_output: bool = True,
+    tiles: CompressedTiles = TILES,
+) -> tuple[Tensor | None, Tensor]:
+    """Attention over the visible compressed entries and the blocks that its scores select.
+
+    ``q`` [T, Hq, Dk] with 1 to 8 tokens a row; answers (out [T, Hq, Dv] or None, selection
+    [T, Hkv, n] int32, ascending, padded with −1). Equations 7 to 10 of arXiv 2502.11089.
+    Scratch is at most ``tiles.scratch_bytes``, or one token's: larger batches run in passes.
+    """
+    hkv = compressed.k.shape[1]
+    per_page = nsa.entries_per_page
+    check(
+        q.shape[2] == compressed.k.shape[3], "q and compressed k differ in Dk", q=q, k=compressed.k
+    )
+    check(q.shape[1] % hkv == 0, "Hq must be a multiple of Hkv", q=q, k=compressed.k)
+    check(per_page & (per_page - 1) == 0, "entries per page must be a power of two", nsa=nsa)
+    plan = _plan(q, compressed, batch, nsa, tiles)
+    check(triton.next_power_of_2(nsa.page) == nsa.page, "the page must be a power of two", nsa=nsa)
+    out = q.new_empty((batch.num_tokens, plan.hq, plan.dv)) if with_output else None
+    selection = q.new_empty((batch.num_tokens, hkv, nsa.num_selected), dtype=torch.int32)
+    scratch = _scratch(plan, q.device, nsa, with_output)
+    for first in range(0, batch.num_tokens, plan.tokens):
+        last = min(first + plan.tokens, batch.num_tokens)
+        _launch_splits(q, compressed, batch, scratch, first, last, plan, nsa, with_output, tiles)
+        _launch_selection(batch, scratch, out, selection, first, last, plan, nsa, tiles)
+    return out, selection
