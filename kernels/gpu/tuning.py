@@ -1,0 +1,58 @@
+"""Frozen tile sizes, chosen by pure functions of shapes; measured on an H200."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton import next_power_of_2
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One program's share: query tokens, their rows (tokens x heads, padded), keys, resources."""
+
+    tokens: int
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def query_tile(
+    group: int, rows: int, *, keys: int, warps: int, stages: int, most: int = 64
+) -> Tile:
+    """As many tokens as fit ``rows`` with their ``group`` heads each: from one to ``most``.
+
+    Small groups fill the tile with more tokens instead of padding each token's heads.
+    """
+    tokens = max(1, min(rows // group, most))
+    padded = max(16, next_power_of_2(tokens * group))
+    warps = min(warps, max(padded // 16, 1))
+    return Tile(tokens=tokens, rows=padded, keys=keys, warps=warps, stages=stages)
+
+
+def attend_tile(group: int, head_dim: int) -> Tile:
+    """Compressed attention with output: accumulator [rows, Dv] stays in registers."""
+    if head_dim > 128:
+        return query_tile(group, 128, keys=64, warps=8, stages=2)
+    return query_tile(group, 256, keys=64, warps=8, stages=3)
+
+
+def score_tile(group: int, head_dim: int) -> Tile:
+    """Block scores: keys are the rows of the product, and whole tokens its columns."""
+    padded = next_power_of_2(group)
+    columns = 256 if head_dim <= 128 else 128
+    tokens = max(1, min(columns // padded, 64))
+    stages = 3 if head_dim <= 128 else 2
+    return Tile(tokens=tokens, rows=tokens * padded, keys=128, warps=8, stages=stages)
+
+
+def sparse_tile(group: int, head_dim: int) -> Tile:
+    """Selected (and window) attention: few tokens, whose selections overlap; a page of keys."""
+    return query_tile(group, 64, keys=0, warps=4, stages=3 if head_dim <= 128 else 2, most=16)
+
+
+def window_tile(group: int, head_dim: int) -> Tile:
+    """Window attention alone: neighbours share all their pages, so many tokens a tile."""
+    rows = 256 if head_dim <= 128 else 128
+    return query_tile(group, rows, keys=0, warps=8, stages=3 if head_dim <= 128 else 2)
