@@ -83,16 +83,18 @@ def _by_token(
     positions, rows = batch.positions[tokens], batch.token_rows[tokens].long()
     num_pages = -(-batch.max_context_len // nsa.page)
     blocks = batch.block_table[rows, None, :num_pages]  # [t, 1, m]
-    entries = slice(nsa.overlap - 1, None)
-    k = gather_pages(compressed.k, blocks)[:, :, entries].float()  # [t, Hkv, C, Dk]
-    index = torch.arange(k.shape[2], device=q.device)
+    k = gather_pages(compressed.k, blocks).float()  # [t, Hkv, m·P/d, Dk]
+    queries = q[tokens].float().reshape(-1, q.shape[1] // k.shape[1], q.shape[2])  # [t·Hkv, G, Dk]
+    # The first slots of the first page belong to no entry.
+    scores = torch.bmm(queries, k.flatten(0, 1).transpose(1, 2))[..., nsa.overlap - 1 :]
+    index = torch.arange(scores.shape[2], device=q.device)
     hidden = index >= _num_visible(positions, nsa)[:, None]  # [t, C]
-    queries = torch.unflatten(q[tokens].float(), 1, (k.shape[1], -1))  # [t, Hkv, G, Dk]
-    p = _softmax(queries @ k.transpose(2, 3), hidden[:, None, None], q.shape[2])
+    scores = torch.unflatten(scores, 0, k.shape[:2])  # [t, Hkv, G, C]
+    p = _softmax(scores, hidden[:, None, None], q.shape[2])
     if out is not None:
-        v = gather_pages(compressed.v, blocks)[:, :, entries].float()
-        attended = p @ v.masked_fill_(hidden[:, None, :, None], 0)
-        out[tokens] = attended.flatten(1, 2).to(out.dtype)
+        v = gather_pages(compressed.v, blocks)[:, :, nsa.overlap - 1 :].float()
+        v = v.masked_fill_(hidden[:, None, :, None], 0)
+        out[tokens] = torch.bmm(p.flatten(0, 1), v.flatten(0, 1)).view_as(out[tokens]).to(out.dtype)
     if batch.max_context_len > nsa.dense_len:
         scores = spread_over_blocks(p.sum(2), nsa)
         selection[tokens] = select_blocks(scores, positions, nsa=nsa)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shapes import PagedKV, StepBatch
-from .paged import QueryTile, check_queries, gather_pages, long_rows, short_tokens
+from .paged import QueryTile, check_queries, gather_both, long_rows, short_tokens
 from .softmax_attention import attend_pages, attend_tile, causal_bias
 
 Tensor = torch.Tensor
@@ -41,7 +41,7 @@ def _by_token(q: Tensor, kv: PagedKV, batch: StepBatch, positions: Tensor, rows:
 def attend_prefix(q: Tensor, kv: PagedKV, batch: StepBatch, part: QueryTile, out: Tensor) -> None:
     """Causal attention of the tokens of ``part`` over their row's cache, written into ``out``."""
     slots = batch.slot_table[part.row, None, : -(-(part.last + 1) // kv.k.shape[2])]
-    k, v = gather_pages(kv.k, slots), gather_pages(kv.v, slots)
+    k, v = gather_both(kv, slots)
     if part.first == 0:
         keys = slice(0, part.last + 1)
         out[part.tokens] = attend_tile(q[part.tokens], k[:, keys], v[:, keys], None)

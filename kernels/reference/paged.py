@@ -76,23 +76,45 @@ def long_rows(batch: StepBatch) -> Iterator[QueryTile]:
 
 
 def gather_pages(cache: Tensor, slots: Tensor) -> Tensor:
-    """Pages ``slots`` [..., Hkv or 1, m] of ``cache`` [S, Hkv, E, D], as [..., Hkv, m·E, D].
+    """Pages ``slots`` [..., Hkv or 1, m] of a pool [S, Hkv, E, D]: [..., Hkv, m·E, D].
 
     Each KV head may have its own pages. What stands for a slot of −1 is some other page's bytes:
     the caller masks them.
     """
+    slots = slots.clamp(min=0).long()
+    return _gather(cache, slots, _piece_rows(cache, slots))
+
+
+def gather_both(cache: PagedKV | CompressedKV, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the same pages, as of ``gather_pages``."""
+    slots = slots.clamp(min=0).long()
+    rows = _piece_rows(cache.k, slots)
+    k = _gather(cache.k, slots, rows)
+    if cache.v.shape != cache.k.shape or cache.v.stride() != cache.k.stride():
+        rows = _piece_rows(cache.v, slots)
+    return k, _gather(cache.v, slots, rows)
+
+
+def _piece_rows(cache: Tensor, slots: Tensor) -> Tensor | None:
+    """Where the pieces [..., Hkv, m] lie, if the pool is a table of pieces of one head and page."""
     _, heads, rows, dim = cache.shape
     by_slot, by_head, by_row, by_element = cache.stride()
     piece = rows * dim
-    slots = slots.long().clamp(min=0)
     if by_element != 1 or by_row != dim or by_slot % piece or by_head % piece:
+        return None
+    of_head = torch.arange(heads, device=cache.device)[:, None] * (by_head // piece)
+    return slots * (by_slot // piece) + of_head
+
+
+def _gather(cache: Tensor, slots: Tensor, piece_rows: Tensor | None) -> Tensor:
+    """Pages [..., Hkv, m·E, D] of a pool [S, Hkv, E, D]."""
+    count, heads, rows, dim = cache.shape
+    if piece_rows is None:
         head = torch.arange(heads, device=cache.device)[:, None]
         return cache[slots, head].flatten(-3, -2)
-    # A head's piece of a page lies whole in memory. Seen as rows of a table, pieces are copied in
-    # runs, several times as fast as element by element.
-    last = (cache.shape[0] - 1) * by_slot + (heads - 1) * by_head
-    table = cache.as_strided((last // piece + 1, piece), (piece, 1), cache.storage_offset())
-    of_head = torch.arange(heads, device=cache.device)[:, None] * (by_head // piece)
-    index = slots * (by_slot // piece) + of_head
-    pages = table.index_select(0, index.flatten())
-    return pages.view(*index.shape[:-1], index.shape[-1] * rows, dim)
+    # Copied in runs, several times as fast as element by element.
+    piece = rows * dim
+    last = ((count - 1) * cache.stride(0) + (heads - 1) * cache.stride(1)) // piece
+    table = cache.as_strided((last + 1, piece), (piece, 1), cache.storage_offset())
+    pages = table.index_select(0, piece_rows.flatten())
+    return pages.view(*piece_rows.shape[:-1], piece_rows.shape[-1] * rows, dim)

@@ -7,7 +7,7 @@ import torch
 from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
 from .dense_attention import attend_prefix
-from .paged import QueryTile, check_queries, gather_pages, long_rows, short_tokens
+from .paged import QueryTile, check_queries, gather_both, long_rows, short_tokens
 from .softmax_attention import attend_pages, attend_tile
 
 Tensor = torch.Tensor
@@ -114,7 +114,7 @@ def _attend_union(
         max=num_blocks - 1
     )
     where = _slots_of(blocks, chosen, slots, batch, tile)
-    k, v = gather_pages(kv.k, where), gather_pages(kv.v, where)
+    k, v = gather_both(kv, where)
     bias = bias.gather(2, columns[:, None].expand(-1, tile.size, -1))
     bias = bias.repeat_interleave(page, dim=2)  # [Hkv, t, u·P]
     _hide_future(bias, columns, tile, page)

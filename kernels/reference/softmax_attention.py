@@ -6,16 +6,16 @@ is faster too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
+
 import torch
 from torch.nn import functional as F
 
 from ..shapes import PagedKV
-from .paged import gather_pages
+from .paged import gather_both
 
 Tensor = torch.Tensor
-
-# Elements of gathered keys that one pass of attention token by token may hold.
-_GATHER_BUDGET = 1 << 22
 
 
 def attend_tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,12 +27,16 @@ def attend_tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     tokens, heads, dim = q.shape
     num_kv_heads = k.shape[0]
     group = heads // num_kv_heads
+    if tokens == 1 and bias is None:
+        queries = q.float().reshape(1, num_kv_heads, group, dim)
+        out = F.scaled_dot_product_attention(queries, k.float()[None], v.float()[None])
+        return out.reshape(1, heads, -1).to(q.dtype)
     out = F.scaled_dot_product_attention(
         q.float().reshape(tokens, num_kv_heads, group, dim).permute(1, 2, 0, 3),
         k.float()[:, None].expand(-1, group, -1, -1),
         v.float()[:, None].expand(-1, group, -1, -1),
         attn_mask=bias,
-        is_causal=bias is None and tokens > 1,
+        is_causal=bias is None,
     )
     return out.permute(2, 0, 1, 3).reshape(tokens, heads, -1).to(q.dtype)
 
@@ -60,35 +64,39 @@ def attend_pages(
     ``pages`` [t, Hkv or 1, m] are page indices within the request, ascending, then −1, and
     ``slots`` of the same shape say where they are. Keys after the token's own position [t] are
     masked, and those before ``first_keys`` [t]. A token without keys, such as padding, gets 0.
+
+    Token by token, because what one token reads fits the CPU's cache and needs no mask: several
+    times as fast as one masked pass over all of them.
     """
-    if q.shape[0] == 1 and (run := _visible_run(pages, positions, first_keys, kv.k.shape[2])):
-        slots = slots[0, :, : -(-run.stop // kv.k.shape[2])]
-        keys = slice(run.start, run.stop)
-        return attend_tile(
-            q, gather_pages(kv.k, slots)[:, keys], gather_pages(kv.v, slots)[:, keys], None
-        )
-    step = max(1, _GATHER_BUDGET // (kv.k[0].numel() * max(1, slots.shape[2])))
-    out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
-    for start in range(0, q.shape[0], step):
-        part = slice(start, start + step)
-        first = None if first_keys is None else first_keys[part]
-        out[part] = _attend_masked(q[part], kv, pages[part], slots[part], positions[part], first)
+    out = q.new_zeros(q.shape[0], q.shape[1], kv.v.shape[3])
+    page = kv.k.shape[2]
+    for token, run in enumerate(_visible_runs(pages, positions, first_keys, page)):
+        own = slice(token, token + 1)
+        if run is None:
+            first = None if first_keys is None else first_keys[own]
+            out[own] = _attend_masked(q[own], kv, pages[own], slots[own], positions[own], first)
+        elif run:
+            k, v = gather_both(kv, slots[token, :, : -(-run.stop // page)])
+            keys = slice(run.start, run.stop)
+            out[own] = attend_tile(q[own], k[:, keys], v[:, keys], None)
     return out
 
 
-def _visible_run(
+def _visible_runs(
     pages: Tensor, positions: Tensor, first_keys: Tensor | None, page: int
-) -> range | None:
-    """Which of its gathered keys a lone token sees, if that is one run, the same for every head."""
-    position, lists = int(positions[0]), pages[0].tolist()
-    current = position // page
-    if position < 0 or current not in lists[0]:
-        return None
-    end = lists[0].index(current)
-    if any(chosen[end] != current for chosen in lists):
-        return None
-    first = 0 if first_keys is None else int(first_keys[0]) - lists[0][0] * page
-    return range(max(first, 0), end * page + position % page + 1)
+) -> Iterator[range | None]:
+    """Which of its gathered keys each token sees, if that is one run, the same for every head."""
+    firsts = repeat(0) if first_keys is None else first_keys.tolist()
+    for position, first, lists in zip(positions.tolist(), firsts, pages.tolist(), strict=False):
+        current = position // page
+        end = lists[0].index(current) if current in lists[0] else 0
+        if position < 0:
+            yield range(0)
+        elif all(chosen[end] == current for chosen in lists):
+            skipped = max(0, first - lists[0][0] * page)
+            yield range(skipped, end * page + position % page + 1)
+        else:
+            yield None
 
 
 def _attend_masked(
@@ -106,9 +114,10 @@ def _attend_masked(
     if first_keys is not None:
         hidden |= keys < first_keys[:, None, None, None]
     hidden = hidden.flatten(2)  # [t, Hkv or 1, m·P]
-    # Masked keys too: −inf does not hide the NaN of unwritten memory.
-    k = gather_pages(kv.k, slots).float().masked_fill_(hidden[..., None], 0)
-    v = gather_pages(kv.v, slots).float().masked_fill_(hidden[..., None], 0)
+    k, v = gather_both(kv, slots)
+    # Masked keys too: a bias of −inf does not hide the NaN of unwritten memory.
+    k = k.float().masked_fill_(hidden[..., None], 0)
+    v = v.float().masked_fill_(hidden[..., None], 0)
     bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, -torch.inf)
     out = F.scaled_dot_product_attention(
         q.float().reshape(tokens, num_kv_heads, heads // num_kv_heads, dim),

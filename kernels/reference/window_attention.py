@@ -6,7 +6,7 @@ import torch
 
 from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
-from .paged import QueryTile, check_queries, gather_pages, long_rows, short_tokens
+from .paged import QueryTile, check_queries, gather_both, long_rows, short_tokens
 from .softmax_attention import attend_pages, attend_tile, causal_bias
 
 Tensor = torch.Tensor
@@ -50,5 +50,5 @@ def _tile(q: Tensor, kv: PagedKV, batch: StepBatch, tile: QueryTile, nsa: NSASha
     slots = batch.slot_table[tile.row, None, first_page : tile.last // nsa.page + 1]
     keys = range(first_page * nsa.page, tile.last + 1)
     bias = causal_bias(range(tile.first, tile.last + 1), keys, nsa.window, q.device)
-    k, v = gather_pages(kv.k, slots), gather_pages(kv.v, slots)
+    k, v = gather_both(kv, slots)
     return attend_tile(q, k[:, : len(keys)], v[:, : len(keys)], bias)
