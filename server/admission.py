@@ -86,11 +86,15 @@ class Admission:
 
     async def end_all(self, error: Exception) -> None:
         """End every open request with ``error`` and give its client a moment to read it."""
-        for entry in self._open:
-            entry.end(error)
+        self.cut(error)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(END_GRACE):
                 await self._idle.wait()
+
+    def cut(self, error: Exception | None = None) -> None:
+        """End every open request with ``error`` (by default: shutting down), and wait for none."""
+        for entry in self._open:
+            entry.end(error or _shutting_down())
 
 
 def _shutting_down() -> Overloaded:

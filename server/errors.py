@@ -146,9 +146,17 @@ def _lines(found: Sequence[Any]) -> Iterator[str]:
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler of the app for our own errors and for what nobody foresaw."""
-    if row_of(error).status >= 500 and not isinstance(error, Overloaded):
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    log_failure(error, f"{request.method} {request.url.path}")
     return error_response(error)
+
+
+def log_failure(error: Exception, what: str) -> None:
+    """Log what is our fault: with its trace if nobody foresaw it, else in one line."""
+    row = row_of(error)
+    if row is _INTERNAL:
+        logger.error("%s failed", what, exc_info=error)
+    elif row.status >= 500 and not isinstance(error, Overloaded):
+        logger.error("%s failed: %s", what, error)
 
 
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:

@@ -29,7 +29,8 @@ from .stats_line import log_stats
 
 STATS_INTERVAL = 10.0  # seconds
 _BACKLOG = 2048
-_LAST_WORDS = 3  # seconds for connections to close after the streams have ended
+_AT_ONCE = 1  # seconds, and
+_LAST_WORDS = 3  # seconds, for connections to close after the streams have ended
 _KEEP_ALIVE = 75  # seconds; longer than a client's pool keeps a connection it may use again
 
 logger = logging.getLogger("nsa_serve")
@@ -82,7 +83,9 @@ async def _start_engine(config: EngineConfig) -> EngineClient:
         DownloadColumn(binary_units=True),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task(config.source.model, total=None)
 
         def on_progress(done: int, total: int) -> None:
@@ -205,7 +208,8 @@ class _Stopper:
     def stop_now(self) -> None:
         """Cut what is open; the exit code tells that something was."""
         self.exit_code = 1
-        self._server.force_exit = True
+        self._admission.cut()
+        self._server.config.timeout_graceful_shutdown = _AT_ONCE
         self._server.should_exit = True
 
     async def stop_after_death(self) -> None:

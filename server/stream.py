@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..errors import Overloaded
 from ..request import RequestOutput, Usage
-from .errors import error_body, error_response, row_of
+from .errors import error_body, error_response, log_failure
 from .generation import ClientGone, Generation
 from .replies import Reply
 
@@ -24,8 +22,6 @@ _HEADERS = [
     # Proxies such as nginx would hold back a stream otherwise.
     (b"x-accel-buffering", b"no"),
 ]
-
-logger = logging.getLogger("nsa_serve")
 
 
 class Shape(Protocol):
@@ -48,11 +44,6 @@ def event(text: str) -> str:
 def error_events(error: Exception) -> str:
     """How a stream that has begun tells of an error: one event, then the end."""
     return event(json.dumps(error_body(error), separators=(",", ":"))) + DONE
-
-
-def log_failure(error: Exception) -> None:
-    if row_of(error).status >= 500 and not isinstance(error, Overloaded):
-        logger.error("a request failed", exc_info=error)
 
 
 async def answer_whole(generation: Generation, shape: Shape) -> Response:
@@ -92,7 +83,7 @@ class EventStream(Response):
         except ClientGone:
             return
         except Exception as error:
-            log_failure(error)
+            log_failure(error, "a stream")
             if not self._started:
                 await error_response(error)(scope, receive, send)
                 return
