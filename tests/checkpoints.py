@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,15 @@ def write_gguf(
 
 def gguf_name(name: str) -> str:
     """llama.cpp's name of a tensor of a Llama-like safetensors checkpoint."""
-    arch = gguf.MODEL_ARCH.QWEN3 if "q_norm" in name or "k_norm" in name else gguf.MODEL_ARCH.LLAMA
-    mapped = gguf.get_tensor_name_map(arch, 64).get_name(name, (".weight", ".bias"))
+    mapped = _name_map().get_name(name, (".weight", ".bias"))
     assert mapped is not None
     return mapped
+
+
+@cache
+def _name_map() -> gguf.TensorNameMap:
+    # Qwen3 has Llama's tensors and the norms of q and k.
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 32)
 
 
 def pair_adjacent(tensor: Tensor, heads: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +19,17 @@ from .paged import chunks_of, make_tables, step_batch
 class PagedModel:
     """``decoder`` and pages for requests of up to these many tokens, all NaN at first."""
 
-    def __init__(self, decoder: Decoder, lengths: Sequence[int], seed: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        lengths: Sequence[int],
+        seed: int = 0,
+        resident: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> None:
         nsa = decoder.config.nsa
         shape = nsa.shape if nsa else NSAShape()
         self.decoder = decoder
+        self.resident = resident
         self.tables = make_tables(lengths, shape, seed)
         layout = KVLayout.of(decoder.config, decoder.dtype)
         self.pool = DevicePool(layout, self.tables.num_slots, self.tables.num_blocks, "cpu")
@@ -39,6 +46,7 @@ class PagedModel:
             kv=self.pool.kv,
             compressed=self.pool.compressed,
             logits_index=torch.arange(len(tokens)),
+            resident=self.resident,
         )
         return self.decoder.hidden(inputs)
 

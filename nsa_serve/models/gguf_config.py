@@ -100,10 +100,12 @@ def gguf_config(
         "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
         "rope_theta": metadata.get(f"{arch}.rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
+    if arch != "qwen2":
+        # Qwen2 always has biases; the others say so only by having them.
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     scaling = _rope_factors(tensors) or _rope_scaling(metadata, arch, path)
     return config if scaling is None else config | {"rope_scaling": scaling}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint, CheckpointFormat
 from ..config import ModelConfig
+from ..rope import inverse_frequencies
 from . import llama, nsa_serve, qwen2, qwen3
 from .options import Options, eos_token_ids
 from .placement import Placement, dense_placements
@@ -50,11 +51,20 @@ def model_config(checkpoint: Checkpoint) -> ModelConfig:
     options = Options(checkpoint.config, file)
     config = FAMILIES[kind].read(options)
     options.finish()
+    _check_rope(config, file)
     return replace(
         config,
         bos_token_id=checkpoint.config.get("bos_token_id"),
         eos_token_ids=eos_token_ids(checkpoint.config, checkpoint.generation_config),
     )
+
+
+def _check_rope(config: ModelConfig, file: str) -> None:
+    """Refuse now, with the file's name, what would fail when the model is built."""
+    try:
+        inverse_frequencies(config.rope, config.head_dim_k, config.max_position)
+    except (CheckpointError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def placements(config: ModelConfig) -> list[Placement]:

@@ -24,10 +24,8 @@ def read(options: Options) -> ModelConfig:
     bias = options.flag("attention_bias")
     given = transformer_fields(options)
     given["head_dim_v"] = options.count("head_dim_v", given["head_dim_v"])
-    table = options.need("nsa")
-    if not isinstance(table, dict):
-        raise options.refusal("nsa", table, "must be an object")
-    inner = Options(table, f"{options.file}: nsa")
+    options.need("nsa")
+    inner = Options(options.table("nsa"), f"{options.file}: nsa")
     config = ModelConfig(
         family="nsa_serve",
         qkv_bias=bias,
@@ -69,10 +67,7 @@ def _read_shape(options: Options) -> NSAShape:
 
 
 def _read_phi(outer: Options, key: str) -> PhiConfig:
-    table = outer.get(key, {})
-    if not isinstance(table, dict):
-        raise outer.refusal(key, table, "must be an object")
-    options = Options(table, f"{outer.file}.{key}")
+    options = Options(outer.table(key), f"{outer.file}.{key}")
     kind = options.get("kind", "mean")
     if kind not in [known.value for known in CompressKind]:
         raise options.refusal("kind", kind)

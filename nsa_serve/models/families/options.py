@@ -87,6 +87,13 @@ class Options:
             raise self.refusal(key, value, "must be a number")
         return float(value)
 
+    def table(self, key: str) -> dict[str, Any]:
+        """An object; an empty one where the key is absent or null."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise self.refusal(key, value, "must be an object")
+        return value
+
     def refusal(self, key: str, value: Any, why: str = "is not supported") -> CheckpointError:
         return CheckpointError(f"{self.file}: {key} = {value!r} {why}")
 
@@ -138,7 +145,7 @@ def read_rope(options: Options, head_dim: int) -> tuple[RopeConfig, int]:
 
     Older files have ``rope_theta`` and ``rope_scaling``, newer ones ``rope_parameters``.
     """
-    scaling = dict(options.get("rope_scaling", {})) | dict(options.get("rope_parameters", {}))
+    scaling = {**options.table("rope_scaling"), **options.table("rope_parameters")}
     # Before "rope_type" the key was "type", and longrope was "su".
     kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
     scaling.pop("type", None)
