@@ -37,6 +37,7 @@ def prepare_chat(services: Services, chat: ChatCompletionRequest) -> Prepared:
         add_generation_prompt=chat.add_generation_prompt is not False,
         arguments=chat.chat_template_kwargs,
     )
+    prompts.check_queue([len(token_ids)], chat.num_choices)
     max_tokens = prompts.fit(len(token_ids), chat.limit, "messages")
     head = Head.new("chatcmpl", chat.model or services.settings.model_name)
     requests = [
@@ -138,7 +139,7 @@ class ChatShape:
     def _usage_so_far(self, index: int) -> replies.Usage | None:
         if not self._usage.in_each:
             return None
-        return replies.Usage.of(self._num_prompt, self._num_generated[index], 0)
+        return replies.Usage.so_far(self._num_prompt, self._num_generated[index])
 
     def _with_choices(
         self, choices: list[replies.ChatChunkChoice], usage: replies.Usage | None

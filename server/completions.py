@@ -35,6 +35,7 @@ def prepare_completion(services: Services, asked: CompletionRequest) -> Prepared
     services.prompts.check_model(asked.model)
     add_special = asked.add_special_tokens is not False
     encoded = [services.prompts.completion(p, add_special=add_special) for p in asked.prompts]
+    services.prompts.check_queue([len(ids) for ids in encoded], asked.num_choices)
     head = Head.new("cmpl", asked.model or services.settings.model_name)
     requests = [
         _engine_request(services, asked, head, token_ids, prompt * asked.num_choices, choice)
@@ -179,7 +180,7 @@ class CompletionShape:
         if not self._usage.in_each:
             return None
         num_prompt = len(self._encoded[index // self._asked.num_choices])
-        return replies.Usage.of(num_prompt, self._num_generated[index], 0)
+        return replies.Usage.so_far(num_prompt, self._num_generated[index])
 
     def _with_choices(
         self, choices: list[replies.CompletionChoice], usage: replies.Usage | None

@@ -13,6 +13,7 @@ from .errors import error_response
 
 logger = logging.getLogger("nsa_serve")
 
+LINGER = 32 << 20  # bytes of a refused body that are still read
 OPEN_PATHS = frozenset({"/health"})
 
 
@@ -30,7 +31,9 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif self._announced(scope) > self.limit:
+        elif (announced := self._announced(scope)) > self.limit:
+            if announced <= self.limit + LINGER:
+                await _discard(receive)
             await error_response(self._too_large())(scope, receive, send)
         else:
             await self.app(scope, self._counted(receive), send)
@@ -48,6 +51,8 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.limit:
+                if message.get("more_body"):
+                    await _discard(receive)
                 raise self._too_large()
             return message
 
@@ -55,6 +60,19 @@ class BodyLimit:
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is larger than {self.limit} bytes, the most taken here")
+
+
+async def _discard(receive: Receive) -> None:
+    """Read the rest of a body that is refused, as far as that is sensible.
+
+    A connection closed on a client that still sends is reset, and the client may never see why.
+    """
+    left = LINGER
+    more = True
+    while more and left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 class APIKeyGuard:

@@ -122,6 +122,26 @@ class PromptEncoder:
             )
         return max_tokens or length - num_prompt
 
+    def check_queue(self, prompt_lengths: Sequence[int], num_choices: int) -> None:
+        """Raise ``InvalidParameter`` for more than the queue could ever hold, ``num_choices`` each.
+
+        The engine would call itself overloaded, and clients would try again for nothing.
+        """
+        total = len(prompt_lengths) * num_choices
+        tokens = sum(prompt_lengths) * num_choices
+        limits = self._settings
+        if total > limits.max_queued_requests:
+            raise InvalidParameter(
+                f"{total} choices were asked for; the queue holds {limits.max_queued_requests}",
+                param="n",
+            )
+        if total > 1 and tokens > limits.max_queued_tokens:
+            raise InvalidParameter(
+                f"the choices have {tokens} prompt tokens; the queue holds "
+                f"{limits.max_queued_tokens}",
+                param="n",
+            )
+
     def sampling(
         self,
         request: GenerationRequest,

@@ -31,24 +31,25 @@ class Usage(Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None = None
 
     @classmethod
-    def of(cls, prompt: int, completion: int, cached: int) -> Usage:
+    def so_far(cls, prompt: int, completion: int) -> Usage:
+        """Of a choice that still runs; what was cached is told at its end."""
+        total = prompt + completion
+        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
+
+    @classmethod
+    def total(cls, per_prompt: list[list[EngineUsage]]) -> Usage:
+        """Sum over choices. A prompt's n choices count it, and what of it was cached, once."""
+        prompt = sum(choices[0].prompt_tokens for choices in per_prompt)
+        completion = sum(usage.completion_tokens for choices in per_prompt for usage in choices)
+        cached = sum(choices[0].cached_tokens for choices in per_prompt)
         return cls(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-        )
-
-    @classmethod
-    def total(cls, per_prompt: list[list[EngineUsage]]) -> Usage:
-        """Sum over choices. A prompt's n choices count it, and what of it was cached, once."""
-        return cls.of(
-            sum(choices[0].prompt_tokens for choices in per_prompt),
-            sum(usage.completion_tokens for choices in per_prompt for usage in choices),
-            sum(choices[0].cached_tokens for choices in per_prompt),
         )
 
 

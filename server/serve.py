@@ -13,17 +13,20 @@ from typing import Any
 
 import uvicorn
 import uvloop
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..config import EngineConfig
 from ..engine.messages import EngineDescription
-from ..errors import ConfigError, EngineDead
+from ..errors import CheckpointError, ConfigError, EngineDead
 from ..tokenizer import Tokenizer
 from .admission import Admission
 from .app import create_app
 from .client import EngineClient
+from .errors import invalid_fields
 from .flags import ServeFlags
+from .schemas import CompletionRequest
 from .settings import SamplingDefaults, ServerSettings
 from .stats_line import log_stats
 
@@ -134,6 +137,8 @@ def server_settings(
         api_keys=tuple(flags.api_key or ()),
         allowed_origins=tuple(flags.allowed_origins or ()),
         metrics_prefix=flags.metrics_prefix,
+        max_queued_requests=schedule.max_num_queued_reqs,
+        max_queued_tokens=schedule.max_num_queued_tokens,
         max_open_requests=schedule.max_num_seqs + schedule.max_num_queued_reqs,
         max_open_tokens=schedule.max_num_queued_tokens + description.cache_tokens,
     )
@@ -143,6 +148,11 @@ def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
     """What generation_config.json says of sampling; a greedy checkpoint has do_sample false."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: generation[name] for name in names if generation.get(name) is not None}
+    try:
+        # The checkpoint may say no more than a request may.
+        CompletionRequest.model_validate({"prompt": "", **given})
+    except ValidationError as error:
+        raise CheckpointError(f"generation_config.json: {invalid_fields(error)}") from None
     return SamplingDefaults(**given)
 
 
@@ -201,7 +211,8 @@ class _Stopper:
             self.stop_now()
 
     async def _drain(self) -> None:
-        logger.info("draining %d open requests", self._admission.num_open)
+        if self._admission.num_open:
+            logger.info("finishing %d open requests", self._admission.num_open)
         await self._admission.drain(self._timeout)
         self._server.should_exit = True
 

@@ -39,11 +39,13 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     metrics_prefix: str = "nsa_serve"
+    max_queued_requests: int = 1024  # a request of more choices could never be taken
+    max_queued_tokens: int = 16 << 20  # nor one of more prompt tokens in more than one choice
     max_open_requests: int = 1280  # engine requests: running and queued
     max_open_tokens: int = 16 << 20  # prompt tokens of those
     tokenizer_threads: int = 2
     keep_alive: float = 10.0  # silence on a stream before a comment line is sent
-    health_timeout: float = 5.0
+    health_timeout: float = 8.0
     body_bytes: int | None = None  # None: from the context
 
     @property

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from nsa_serve.config import EMBEDDED_MODEL, AttentionMode, DType, Policy
 from nsa_serve.engine.messages import EngineDescription
-from nsa_serve.errors import ConfigError
+from nsa_serve.errors import CheckpointError, ConfigError
 from nsa_serve.server import cli
 from nsa_serve.server.flags import ServeFlags, parse_bytes
 from nsa_serve.server.serve import ready_line, server_settings, untrained_line
@@ -214,6 +214,13 @@ def test_settings_take_limits_from_the_engine_and_defaults_from_its_checkpoint()
     assert settings.max_model_len == engine.cache_tokens
     assert settings.max_open_requests == 5
     assert (settings.defaults.temperature, settings.defaults.top_k) == (0.6, 0)
+
+
+def test_a_generation_config_that_can_not_be_used_is_refused_by_its_key():
+    flags = ServeFlags()
+    engine = description(generation_config={"top_p": 3})
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p"):
+        server_settings(flags, flags.engine_config(), engine)
 
 
 def _answer(request):

@@ -194,6 +194,14 @@ def test_a_missing_or_impossible_field_is_a_400(path, body, param):
         check(response, 400, param=param)
 
 
+@pytest.mark.parametrize("limit", [{"max_queued_requests": 3}, {"max_queued_tokens": 7}])
+def test_more_choices_than_the_queue_holds_are_a_400(limit):
+    check(
+        ask(COMPLETIONS, {"prompt": "a", "n": 4}, **limit), 400, param="n", text="the queue holds"
+    )
+    check(ask(CHAT, {"messages": HI, "n": 4}, **limit), 400, param="n", text="the queue holds")
+
+
 def test_a_wrong_entry_of_a_map_is_named():
     response = ask(COMPLETIONS, {"prompt": "a", "logit_bias": {"7": 101}})
     check(response, 400, param="logit_bias.7")
@@ -265,6 +273,20 @@ def test_a_body_that_hides_its_length_is_counted():
     response = ask(CHAT, content=_chunks(1 << 20, 5), headers=headers)
     assert "content-length" not in response.request.headers
     check(response, 413)
+
+
+def test_a_refused_body_is_not_read_for_ever():
+    read = 0
+
+    async def endless():
+        nonlocal read
+        while True:
+            read += 1 << 20
+            yield b"x" * (1 << 20)
+
+    headers = {"content-type": "application/json"}
+    check(ask(CHAT, content=endless(), headers=headers), 413)
+    assert read < 64 << 20
 
 
 def test_a_long_context_admits_longer_bodies():

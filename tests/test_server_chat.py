@@ -81,7 +81,9 @@ def test_continuous_usage_grows_with_each_chunk():
         async with fake_server() as server:
             return events(await server.chat(stream=True, stream_options=options))
 
-    counts = [chunk["usage"]["completion_tokens"] for chunk in asyncio.run(scenario())]
+    usages = [chunk["usage"] for chunk in asyncio.run(scenario())]
+    assert all("prompt_tokens_details" not in usage for usage in usages[:-1])
+    counts = [usage["completion_tokens"] for usage in usages]
     assert counts[0] == 0
     assert counts == sorted(counts)
     assert counts[-1] == 6
