@@ -1,1 +1,35 @@
 """The ops in Triton: same names and signatures as the reference, for CUDA tensors."""
+
+from ..reference.sampling import add_bias, apply_penalties, gumbel_noise, token_logprobs
+from .compress import compress
+from .compressed_attention import compressed_attention
+from .dense_attention import dense_attention
+from .gated_fusion import gated_fusion, sparse_attention
+from .kv_write import kv_write
+from .norm_rope import add_rms_norm, qkv_norm_rope, rms_norm, swiglu
+from .sampling import sample
+from .select_blocks import block_scores, select_blocks
+from .selected_attention import selected_attention
+from .window_attention import window_attention
+
+__all__ = [
+    "add_bias",
+    "add_rms_norm",
+    "apply_penalties",
+    "block_scores",
+    "compress",
+    "compressed_attention",
+    "dense_attention",
+    "gated_fusion",
+    "gumbel_noise",
+    "kv_write",
+    "qkv_norm_rope",
+    "rms_norm",
+    "sample",
+    "select_blocks",
+    "selected_attention",
+    "sparse_attention",
+    "swiglu",
+    "token_logprobs",
+    "window_attention",
+]
