@@ -15,14 +15,9 @@ import yaml
 from ..config import (
     EMBEDDED_MODEL,
     AttentionMode,
-    CacheConfig,
     DType,
     EngineConfig,
-    GraphConfig,
-    ModelSource,
-    ParallelConfig,
     Policy,
-    ScheduleConfig,
 )
 from ..errors import ConfigError
 
@@ -35,6 +30,15 @@ _MODEL, _MEMORY, _SCHEDULE, _DEVICE, _SERVER = (
     "Scheduling",
     "Device",
     "Server",
+)
+
+
+# Flags whose names and values are the engine's own.
+_PASSED_ON = (
+    *("tokenizer", "revision", "dtype", "attention", "max_model_len", "chat_template", "seed"),
+    *("gpu_memory_utilization", "scheduling_policy", "max_num_seqs", "max_num_batched_tokens"),
+    *("max_num_queued_reqs", "max_num_queued_tokens", "device", "tensor_parallel_size"),
+    *("enforce_eager", "deterministic"),
 )
 
 
@@ -232,38 +236,13 @@ class ServeFlags:
         """The engine's part. Raises ``ConfigError`` for what can't work or isn't built."""
         self._refuse()
         cache_bytes = self.kv_cache_memory_bytes
-        config = EngineConfig(
-            source=self._source(),
-            cache=CacheConfig(
-                enable_prefix_caching=self.prefix_caching,
-                kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
-                gpu_memory_utilization=self.gpu_memory_utilization,
-            ),
-            schedule=ScheduleConfig(
-                policy=self.scheduling_policy,
-                max_num_seqs=self.max_num_seqs,
-                max_num_batched_tokens=self.max_num_batched_tokens,
-                max_num_queued_reqs=self.max_num_queued_reqs,
-                max_num_queued_tokens=self.max_num_queued_tokens,
-            ),
-            parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
-            graph=GraphConfig(enforce_eager=self.enforce_eager, deterministic=self.deterministic),
-            device=self.device,
-        )
-        return config.validate()
-
-    def _source(self) -> ModelSource:
-        return ModelSource(
-            model=self.positional or self.model or EMBEDDED_MODEL,
+        return EngineConfig.from_flags(
+            **{name: getattr(self, name) for name in _PASSED_ON},
+            model=self.positional or self.model,
             served_model_name=self.served_model_name[0] if self.served_model_name else None,
-            tokenizer=self.tokenizer,
-            revision=self.revision,
-            dtype=self.dtype,
-            attention=self.attention,
-            max_model_len=self.max_model_len,
-            chat_template=self.chat_template,
             random_weights=self.load_format == "dummy",
-            seed=self.seed,
+            kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
+            enable_prefix_caching=self.prefix_caching,
         )
 
     def _refuse(self) -> None:
