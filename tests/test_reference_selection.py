@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nsa_serve.kernels import reference
 from nsa_serve.kernels.contracts import ContractError
+from nsa_serve.kernels.reference.select_blocks import select_for_one
 from nsa_serve.kernels.shapes import NSAShape
 from tests import oracle
 from tests.strategies import HEADS, SHAPES, Ragged, RaggedPlan, make_ragged, ragged_plans
@@ -156,6 +157,28 @@ def test_selection_is_forced_then_by_score_then_by_index(
             want = oracle.select(scores[row, head, : t // nsa.page + 1], t, **choice(nsa))
             padded = want + [-1] * (nsa.num_selected - len(want))
             assert selection[row, head].tolist() == padded
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(SHAPES), st.integers(0, 2000), st.integers(1, 6), st.integers(0, 1000))
+def test_one_token_alone_selects_as_many_do(
+    nsa: NSAShape, beyond: int, distinct: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    position = nsa.dense_len + beyond
+    blocks = position // nsa.page + 2
+    scores = torch.randint(-1, distinct, (1, 2, blocks), generator=generator) / 7
+    want = reference.select_blocks(scores, torch.tensor([position]), nsa=nsa)
+    assert torch.equal(select_for_one(scores[0], position, nsa), want[0])
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 200, 256, 257, 300, 1000])
+def test_a_step_of_one_token_is_the_papers_too(length: int) -> None:
+    case = make_ragged(HEADS[1], SHAPES[0], [(length, 1)], length)
+    out, selection = reference.compressed_attention(
+        case.q, case.compressed, case.batch, nsa=case.nsa
+    )
+    assert_compressed(case, out, selection, 2e-5)
 
 
 def test_minus_zero_ties_with_zero() -> None:

@@ -7,7 +7,7 @@ import torch
 from ..contracts import check
 from ..shapes import CompressedKV, NSAShape, StepBatch
 from .paged import QueryTile, check_queries, gather_pages, long_rows, short_tokens
-from .select_blocks import select_blocks, spread_over_blocks
+from .select_blocks import select_blocks, select_for_one, spread_over_blocks
 
 Tensor = torch.Tensor
 
@@ -37,17 +37,25 @@ def compressed_attention(
         k=compressed.k,
         nsa=nsa,
     )
+    if batch.max_context_len <= nsa.dense_len and not with_output:
+        return None, _every_block(batch.positions, compressed.k.shape[1], nsa)
+    if q.shape[0] == 1 and (position := int(batch.positions[0])) >= 0:
+        return _lone_token(q, compressed, batch, position, nsa, with_output)
+    tokens, step = short_tokens(batch), _tokens_per_pass(q, batch.max_context_len, nsa)
+    if tokens is None and q.shape[0] <= step:
+        return _by_token(q, compressed, batch, batch.positions, batch.token_rows, nsa, with_output)
     out = q.new_zeros(q.shape[0], q.shape[1], compressed.v.shape[3]) if with_output else None
     selection = _every_block(batch.positions, compressed.k.shape[1], nsa)
-    if batch.max_context_len <= nsa.dense_len and out is None:
-        return out, selection
-    tokens = short_tokens(batch)
     if tokens is None:
         tokens = torch.arange(q.shape[0], device=q.device)
-    step = _tokens_per_pass(q, batch.max_context_len, nsa)
     for start in range(0, tokens.shape[0], step):
         part = tokens[start : start + step]
-        _by_token(q, compressed, batch, part, out, selection, nsa)
+        positions, rows = batch.positions[part], batch.token_rows[part]
+        attended, selection[part] = _by_token(
+            q[part], compressed, batch, positions, rows, nsa, with_output
+        )
+        if out is not None and attended is not None:
+            out[part] = attended
     for row in long_rows(batch):
         _attend_row(q, compressed, batch, row, out, selection, nsa)
     return out, selection
@@ -70,34 +78,60 @@ def _num_visible(positions: Tensor, nsa: NSAShape) -> Tensor:
     return (ends // nsa.compress_stride + 1).clamp(min=0)  # floor division: 0 below l tokens
 
 
+def _lone_token(
+    q: Tensor,
+    compressed: CompressedKV,
+    batch: StepBatch,
+    position: int,
+    nsa: NSAShape,
+    with_output: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """A step of one token ``q`` [1, Hq, Dk]: what it sees is a plain slice, without masks."""
+    visible, row = nsa.num_visible(position), int(batch.token_rows[0])
+    blocks = batch.block_table[row, None, : position // nsa.page + 1]
+    entries = slice(nsa.overlap - 1, nsa.overlap - 1 + visible)
+    k = gather_pages(compressed.k, blocks).float()  # [Hkv, m·P/d, Dk]
+    queries = q.float().reshape(k.shape[0], -1, q.shape[2])  # [Hkv, G, Dk]
+    scores = torch.bmm(queries, k.transpose(1, 2))[..., entries]
+    p = (scores * q.shape[2] ** -0.5).softmax(-1)
+    out = None
+    if with_output:
+        v = gather_pages(compressed.v, blocks)[:, entries].float()
+        out = torch.bmm(p, v).view(1, q.shape[1], -1).to(q.dtype)
+    if position < nsa.dense_len:
+        return out, _every_block(batch.positions, k.shape[0], nsa)
+    scores = spread_over_blocks(p.sum(1), nsa)
+    return out, select_for_one(scores, position, nsa)[None]
+
+
 def _by_token(
     q: Tensor,
     compressed: CompressedKV,
     batch: StepBatch,
-    tokens: Tensor,
-    out: Tensor | None,
-    selection: Tensor,
+    positions: Tensor,
+    rows: Tensor,
     nsa: NSAShape,
-) -> None:
-    """Tokens ``tokens`` [t], each over its own row's entries."""
-    positions, rows = batch.positions[tokens], batch.token_rows[tokens].long()
+    with_output: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Output and selection of tokens ``q`` [t, Hq, Dk], each over its own row's entries."""
     num_pages = -(-batch.max_context_len // nsa.page)
-    blocks = batch.block_table[rows, None, :num_pages]  # [t, 1, m]
+    blocks = batch.block_table[rows.long(), None, :num_pages]  # [t, 1, m]
     k = gather_pages(compressed.k, blocks).float()  # [t, Hkv, m·P/d, Dk]
-    queries = q[tokens].float().reshape(-1, q.shape[1] // k.shape[1], q.shape[2])  # [t·Hkv, G, Dk]
+    queries = q.float().reshape(-1, q.shape[1] // k.shape[1], q.shape[2])  # [t·Hkv, G, Dk]
     # The first slots of the first page belong to no entry.
     scores = torch.bmm(queries, k.flatten(0, 1).transpose(1, 2))[..., nsa.overlap - 1 :]
     index = torch.arange(scores.shape[2], device=q.device)
     hidden = index >= _num_visible(positions, nsa)[:, None]  # [t, C]
-    scores = torch.unflatten(scores, 0, k.shape[:2])  # [t, Hkv, G, C]
+    scores = scores.view(*k.shape[:2], *scores.shape[1:])  # [t, Hkv, G, C]
     p = _softmax(scores, hidden[:, None, None], q.shape[2])
-    if out is not None:
+    out = None
+    if with_output:
         v = gather_pages(compressed.v, blocks)[:, :, nsa.overlap - 1 :].float()
-        v = v.masked_fill_(hidden[:, None, :, None], 0)
-        out[tokens] = torch.bmm(p.flatten(0, 1), v.flatten(0, 1)).view_as(out[tokens]).to(out.dtype)
-    if batch.max_context_len > nsa.dense_len:
-        scores = spread_over_blocks(p.sum(2), nsa)
-        selection[tokens] = select_blocks(scores, positions, nsa=nsa)
+        v = v.masked_fill_(hidden[:, None, :, None], 0).flatten(0, 1)
+        out = torch.bmm(p.flatten(0, 1), v).view(*q.shape[:2], -1).to(q.dtype)
+    if batch.max_context_len <= nsa.dense_len:
+        return out, _every_block(positions, k.shape[1], nsa)
+    return out, select_blocks(spread_over_blocks(p.sum(2), nsa), positions, nsa=nsa)
 
 
 def _attend_row(

@@ -102,7 +102,8 @@ def _piece_rows(cache: Tensor, slots: Tensor) -> Tensor | None:
     piece = rows * dim
     if by_element != 1 or by_row != dim or by_slot % piece or by_head % piece:
         return None
-    of_head = torch.arange(heads, device=cache.device)[:, None] * (by_head // piece)
+    step = max(1, by_head // piece)
+    of_head = torch.arange(0, heads * step, step, device=cache.device)[:, None]
     return slots * (by_slot // piece) + of_head
 
 

@@ -34,12 +34,10 @@ def spread_over_blocks(mass: Tensor, nsa: NSAShape) -> Tensor:
     taken = per_page + overlap - 1
     right = blocks * per_page - mass.shape[-1]
     near = F.pad(mass, (overlap - 1, right)).unfold(-1, taken, per_page)  # [..., NB, taken]
-    scores = torch.zeros(near.shape[:-1], device=mass.device)
-    # Added one by one: equal shares give equal scores, bit for bit, so that ties are ties.
-    for entry in range(taken):
-        weight = min(entry + 1, overlap, per_page, taken - entry)
-        scores.add_(near[..., entry], alpha=weight)
-    return scores
+    weights = [min(i + 1, overlap, per_page, taken - i) for i in range(taken)]
+    # A product and a sum, not a matrix product: equal shares then give scores equal bit for bit
+    # wherever the block stands, so that ties are ties.
+    return (near * torch.tensor(weights, dtype=torch.float32, device=mass.device)).sum(-1)
 
 
 def select_blocks(scores: Tensor, positions: Tensor, *, nsa: NSAShape) -> Tensor:
@@ -57,6 +55,19 @@ def select_blocks(scores: Tensor, positions: Tensor, *, nsa: NSAShape) -> Tensor
     chosen = chosen.masked_fill_(best == _NEVER, blocks).sort(dim=-1).values
     chosen = F.pad(chosen, (0, nsa.num_selected - chosen.shape[-1]), value=blocks)
     return chosen.masked_fill_(chosen == blocks, -1).int()
+
+
+def select_for_one(scores: Tensor, position: int, nsa: NSAShape) -> Tensor:
+    """``select_blocks`` for one token beyond n pages, scores [Hkv, NB] -> [Hkv, n].
+
+    A stable sort of one short row takes a third of the time of building keys for it.
+    """
+    candidates = position // nsa.page + 1
+    scores = scores[:, :candidates].clone()
+    scores[:, : nsa.num_initial] = torch.inf
+    scores[:, candidates - nsa.num_local :] = torch.inf
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, : nsa.num_selected].sort(dim=-1).values.int()
 
 
 def _ranking(scores: Tensor, current: Tensor, nsa: NSAShape) -> Tensor:
