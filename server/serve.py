@@ -245,8 +245,15 @@ async def _announce(
     host = f"[{flags.host}]" if ":" in flags.host else flags.host
     url = f"{scheme}://{host}:{listener.getsockname()[1]}/v1"
     print(ready_line(engine, url), file=sys.stderr, flush=True)
+    if not flags.api_key and not is_loopback(flags.host):
+        logger.warning("everybody who reaches %s may use this server; see --api-key", flags.host)
     if engine.attention == "nsa" and not engine.trained_sparse:
         print(untrained_line(engine), file=sys.stderr, flush=True)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def ready_line(engine: EngineDescription, url: str) -> str:

@@ -7,10 +7,12 @@ import json
 import socket
 import subprocess
 import sys
+import types
 from io import StringIO
 
 import httpx
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from nsa_serve.config import EMBEDDED_MODEL, AttentionMode, DType, Policy
@@ -18,7 +20,7 @@ from nsa_serve.engine.messages import EngineDescription
 from nsa_serve.errors import CheckpointError, ConfigError
 from nsa_serve.server import cli
 from nsa_serve.server.flags import ServeFlags, parse_bytes
-from nsa_serve.server.serve import ready_line, server_settings, untrained_line
+from nsa_serve.server.serve import is_loopback, ready_line, server_settings, untrained_line
 from nsa_serve.server.terminal_chat import ChatSettings, Conversation
 
 serve_room = importlib.import_module("nsa_serve.server.serve")
@@ -183,6 +185,30 @@ def test_help_imports_neither_torch_nor_the_server():
         "assert not slow, slow\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_benchmarks_are_imported_when_they_are_run(monkeypatch):
+    stand_in = types.ModuleType("nsa_serve.bench.cli")
+    stand_in.app = typer.Typer()
+
+    @stand_in.app.command()
+    def latency(tokens: int):
+        typer.echo(f"measured {tokens}")
+
+    @stand_in.app.command()
+    def throughput():
+        raise AssertionError("not asked for")
+
+    monkeypatch.setitem(sys.modules, "nsa_serve.bench.cli", stand_in)
+    result = CliRunner().invoke(cli.app, ["bench", "latency", "7"])
+    assert result.output == "measured 7\n"
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("::", False)]
+)
+def test_only_loopback_addresses_keep_others_out(host, alone):
+    assert is_loopback(host) is alone
 
 
 def test_collect_env_prints_plain_text():
