@@ -154,18 +154,21 @@ def build_driver(
     max_tokens: int = 512,
     max_model_len: int = 512,
     eos_token_ids=(),
+    device: str = "cpu",
+    use_graphs: bool = False,
 ) -> Driver:
     """A driver over poisoned pools."""
-    pool = DevicePool(layout, num_blocks, num_blocks, "cpu")
+    pool = DevicePool(layout, num_blocks, num_blocks, device)
     pool.poison()
     runner = ModelRunner(
-        Recorder(model),
+        # Copies of logits within a capture would be the graph's own memory, over and over.
+        model if use_graphs else Recorder(model),
         pool,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
         max_rows=max_rows,
         max_tokens=max_tokens,
         max_model_len=max_model_len,
-        use_graphs=False,
+        use_graphs=use_graphs,
     )
     return Driver(runner)

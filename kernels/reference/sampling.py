@@ -1,9 +1,9 @@
 """Sampling of next tokens: penalties, bias, truncation, reproducible noise and log-probabilities.
 
-What is kept is defined by values alone, never by the order of a sort, so that every implementation
-keeps the same tokens: ``top_k`` keeps a token if fewer than k are strictly likelier; ``top_p``, over
-the probabilities renormalised by ``top_k``, if those strictly likelier weigh less than p together;
-``min_p`` if its probability is at least min_p times the highest.
+What is kept is defined by values alone, never by the order of a sort, so that every
+implementation keeps the same tokens: ``top_k`` keeps a token if fewer than k are strictly
+likelier; ``top_p``, over the probabilities renormalised by ``top_k``, if those strictly likelier
+weigh less than p together; ``min_p`` if its probability is at least min_p times the highest.
 """
 
 from __future__ import annotations
@@ -45,32 +45,53 @@ def sample(logits: Tensor, settings: SamplingTensors) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, token_ids: Tensor) -> Tensor:
-    """Gumbel noise as a pure function of seed [B], step [B] and token id [B or 1, K] -> [B, K] fp32.
+    """Gumbel noise [B, K] fp32, a pure function of seed [B], step [B] and token id [B or 1, K].
 
     32-bit integer hashing (the rounds of lowbias32), wrapping: the same bits on every device.
     """
+    first, second = _noise_keys(seeds, steps)
+    token_ids = token_ids.to(torch.int32)
+    if token_ids.is_cuda:
+        return _gumbel(token_ids + first.unsqueeze(1), second.unsqueeze(1))
+    # Row by row: a row's passes then run within the CPU's cache.
+    noise = torch.empty(len(first), token_ids.shape[1])
+    for row, ids, a, b in zip(noise, token_ids.expand_as(noise), first, second, strict=True):
+        row.copy_(_gumbel(ids + a, b))
+    return noise
+
+
+def _noise_keys(seeds: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words [B] int32 of seed and step, which enter the hash of each token id."""
     low, high, step = seeds.to(torch.int32), (seeds >> 32).to(torch.int32), steps.to(torch.int32)
-    first = _mix(step ^ _mix(low ^ _mix(high)))  # [B]
-    second = _mix((step + _GOLDEN) ^ _mix((high + _GOLDEN) ^ _mix(low + _GOLDEN)))  # [B]
-    bits = _mix(token_ids.to(torch.int32) + first.unsqueeze(1), second.unsqueeze(1))  # [B, K]
+    # Both words in one batch of small operations.
+    offset = torch.arange(2, dtype=torch.int32, device=seeds.device).unsqueeze(1) * _GOLDEN
+    high_first = torch.stack((high, low)) + offset
+    low_next = torch.stack((low, high)) + offset
+    first, second = _mix((step + offset) ^ _mix(low_next ^ _mix(high_first)))
+    return first, second
+
+
+def _gumbel(bits: Tensor, key: Tensor) -> Tensor:
+    """Gumbel noise from ``bits`` int32, which are overwritten."""
+    bits = _mix(bits, key)
     # 23 bits and a half: never 0 nor, after rounding to fp32, 1.
-    uniform = (_shift(bits, 9).float() + 0.5) * 2.0**-23
+    uniform = _shift(bits, 9).float().add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()
 
 
 def _mix(x: Tensor, key: Tensor | None = None) -> Tensor:
-    """A 32-bit permutation of ``x`` int32; ``key`` enters between its two products."""
-    x = (x ^ _shift(x, 16)) * 0x7FEB352D
-    x = x ^ _shift(x, 15)
+    """A 32-bit permutation of ``x`` int32, in place; ``key`` enters between its two products."""
+    x.bitwise_xor_(_shift(x, 16)).mul_(0x7FEB352D)
+    x.bitwise_xor_(_shift(x, 15))
     if key is not None:
-        x = x ^ key
-    x = x * (0x846CA68B - (1 << 32))
-    return x ^ _shift(x, 16)
+        x.bitwise_xor_(key)
+    x.mul_(0x846CA68B - (1 << 32))
+    return x.bitwise_xor_(_shift(x, 16))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int32."""
-    return (x >> bits) & ((1 << (32 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def _draw(scaled: Tensor, settings: SamplingTensors) -> Tensor:
@@ -165,7 +186,7 @@ def apply_penalties(
 
 
 def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> Tensor:
-    """Logits [B, V] with ``values`` [E] fp32 added at (``rows`` [E], ``token_ids`` [E]), as a new tensor.
+    """Logits [B, V] with ``values`` [E] added at (``rows`` [E], ``token_ids`` [E]), a new tensor.
 
     −inf forbids a token.
     """
@@ -175,7 +196,7 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
 def token_logprobs(
     logits: Tensor, tokens: Tensor, *, top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-softmax of ``logits`` [B, V] fp32 at ``tokens`` [B], and the ``top`` likeliest of each row.
+    """Log-softmax of ``logits`` [B, V] fp32 at ``tokens`` [B], and each row's ``top`` likeliest.
 
     Returns (logprob [B] fp32, rank [B] int64 from 1, top logprobs [B, top] fp32 in descending
     order, their ids [B, top] int64). The rank counts the strictly likelier tokens.
