@@ -11,7 +11,7 @@ Tensor = torch.Tensor
 
 # From this many rows on, fp32 products beat bf16 ones on CPUs without AMX by more than it costs to
 # widen the weights for the step.
-_WIDEN_ROWS = 192
+_WIDEN_ROWS = 256
 # Widened copies are temporary, but a large vocabulary's would be gigabytes.
 _WIDEN_LIMIT = 1 << 26
 
