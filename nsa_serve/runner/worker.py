@@ -53,9 +53,9 @@ class Worker:
         self._model = self._load(progress)
         size = self._size_cache()
         self.max_model_len, self.num_blocks = size.max_model_len, size.num_blocks
-        pool = DevicePool(self.layout, self.num_blocks, self.num_blocks, self.device)
-        self.num_cache_bytes = pool.num_bytes
-        self._runner = self._build_runner(pool, self.max_model_len)
+        self.pool = DevicePool(self.layout, self.num_blocks, self.num_blocks, self.device)
+        self.num_cache_bytes = self.pool.num_bytes
+        self._runner = self._build_runner(self.pool, self.max_model_len)
 
     @property
     def page(self) -> int:
