@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -11,11 +13,9 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncGenerator, Callable
 from typing import Self
 
-import msgspec
 import zmq
 import zmq.asyncio
 
-from .. import errors
 from ..config import EngineConfig
 from ..engine.messages import (
     COMMANDS,
@@ -28,7 +28,6 @@ from ..engine.messages import (
     LoadProgress,
     Ping,
     Ready,
-    Rejection,
     Report,
     Shutdown,
     Submit,
@@ -37,46 +36,20 @@ from ..engine.messages import (
     event_decoder,
     frame,
 )
-from ..errors import EngineDead, InvalidParameter, NSAServeError, Overloaded
+from ..errors import ConfigError, EngineDead, InvalidParameter, NSAServeError, Overloaded
 from ..request import EngineRequest, RequestOutput
 from ..stats import StatsSnapshot
+from .output_stream import OutputStream, named_error, rebuild
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]  # (bytes of weights read, bytes in all)
 
+# Idle threads of libgomp spin for milliseconds by default; on few cores that is the server's time.
+ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 EXIT_SECONDS = 5.0  # for an engine that was told to stop, and then it is killed
 CONNECT_MS = 10_000
 LAST_WORDS_MS = 100  # for events that were under way when the process ended
-
-
-class _Stream:
-    """Outputs of one request on their way to its reader; a slow reader gets them merged."""
-
-    def __init__(self) -> None:
-        self._outputs: list[RequestOutput] = []
-        self._error: NSAServeError | None = None
-        self._arrived = asyncio.Event()
-        self.abandoned = False  # nobody reads any more; kept until the engine has ended it
-
-    def push(self, output: RequestOutput) -> None:
-        if not self.abandoned:
-            self._outputs.append(output)
-            self._arrived.set()
-
-    def fail(self, error: NSAServeError) -> None:
-        self._error = error
-        self._arrived.set()
-
-    async def next(self) -> RequestOutput:
-        """All that has come since the last call, as one output. Raises what ended the request."""
-        await self._arrived.wait()
-        self._arrived.clear()
-        if self._outputs:
-            outputs, self._outputs = self._outputs, []
-            if self._error is not None:
-                self._arrived.set()
-            return merge(outputs)
-        assert self._error is not None
-        raise self._error
 
 
 class EngineClient:
@@ -92,7 +65,7 @@ class EngineClient:
         self._process = process
         self._folder = folder
         self._max_open = max_open
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, OutputStream] = {}
         self._stats: StatsSnapshot | None = None
         self._dead: NSAServeError | None = None
         self._closing = False
@@ -112,17 +85,20 @@ class EngineClient:
         Raises ``ConfigError`` or ``CheckpointError`` with the engine's own words where it can't
         start, and ``EngineDead`` where it broke.
         """
-        folder = tempfile.mkdtemp(prefix="nsa-serve-")
+        folder = _private_folder()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "nsa_serve.engine.process", folder),
+                stdin=PIPE,
+                env={**ENGINE_ENVIRONMENT, **os.environ},
+                # Ctrl-C at the terminal is the server's to handle; the engine ends when it says so.
+                start_new_session=True,
+            )
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
         schedule = config.schedule
-        max_open = 4 * (schedule.max_num_queued_reqs + schedule.max_num_seqs)
-        # Bound before the process starts, so that it finds the sockets.
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "nsa_serve.engine.process", folder),
-            stdin=PIPE,
-            # Ctrl-C at the terminal is the server's to handle; the engine ends when it says so.
-            start_new_session=True,
-        )
-        client = cls(process, folder, max_open)
+        client = cls(process, folder, 4 * (schedule.max_num_queued_reqs + schedule.max_num_seqs))
         client._on_progress = on_progress
         try:
             await client._await_ready(config)
@@ -237,7 +213,7 @@ class EngineClient:
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _open(self, request: EngineRequest) -> _Stream:
+    def _open(self, request: EngineRequest) -> OutputStream:
         if self._closing:
             raise Overloaded("the server is shutting down", retry_after=1)
         if request.request_id in self._streams:
@@ -248,10 +224,10 @@ class EngineClient:
         if len(self._streams) >= self._max_open:
             raise Overloaded(f"{len(self._streams)} requests are open already", retry_after=1)
         self._send(Submit(request), request.request_id)
-        stream = self._streams[request.request_id] = _Stream()
+        stream = self._streams[request.request_id] = OutputStream()
         return stream
 
-    def _abandon(self, request_id: str, stream: _Stream) -> None:
+    def _abandon(self, request_id: str, stream: OutputStream) -> None:
         if self._streams.get(request_id) is not stream:
             return  # it has ended
         stream.abandoned = True
@@ -274,12 +250,13 @@ class EngineClient:
             raise EngineDead("the engine process is gone") from None
 
     async def _read(self) -> None:
-        while True:
-            payload = await self._events.recv()
-            try:
-                self._take(event_decoder.decode(payload))
-            except msgspec.MsgspecError as error:
-                self._die(EngineDead(f"the engine sent what can't be read: {error}"))
+        try:
+            while True:
+                self._take(event_decoder.decode(await self._events.recv()))
+        except Exception as error:
+            logger.exception("reading from the engine failed")
+            self._die(EngineDead(f"reading from the engine failed: {error}"))
+            self._process.kill()
 
     async def _await_death(self) -> None:
         """Watch the process; what it said last is still read."""
@@ -302,7 +279,7 @@ class EngineClient:
                 self.engine = description
                 self._started.set()
             case Fatal(kind, message):
-                self._die(_rebuild(kind, message, fallback=EngineDead))
+                self._die(named_error(kind, message, fallback=EngineDead))
 
     def _take_report(self, report: Report) -> None:
         self._stats = report.stats
@@ -323,7 +300,7 @@ class EngineClient:
         if stream is not None:
             stream.push(output)
 
-    def _end_stream(self, request_id: str) -> _Stream | None:
+    def _end_stream(self, request_id: str) -> OutputStream | None:
         stream = self._streams.pop(request_id, None)
         if not self._streams:
             self._idle.set()
@@ -344,38 +321,16 @@ class EngineClient:
                 stream.fail(self._dead)
 
 
-def merge(outputs: list[RequestOutput]) -> RequestOutput:
-    """Outputs of one request that follow each other, as one."""
-    if len(outputs) == 1:
-        return outputs[0]
-    logprobs = None
-    if any(output.logprobs is not None for output in outputs):
-        logprobs = [entry for output in outputs for entry in output.logprobs or ()]
-    prompt = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
-    return msgspec.structs.replace(
-        outputs[-1],
-        text="".join(output.text for output in outputs),
-        token_ids=[token for output in outputs for token in output.token_ids],
-        logprobs=logprobs,
-        prompt_logprobs=prompt[0] if prompt else None,
-    )
-
-
-def rebuild(rejection: Rejection) -> NSAServeError:
-    """The error that the engine raised, as it was."""
-    if rejection.retry_after is not None:
-        return Overloaded(rejection.message, retry_after=rejection.retry_after)
-    error = _rebuild(rejection.kind, rejection.message, fallback=InvalidParameter)
-    if isinstance(error, errors.RequestError):
-        error.param = rejection.param
-    return error
-
-
-def _rebuild(kind: str, message: str, *, fallback: type[NSAServeError]) -> NSAServeError:
-    found = getattr(errors, kind, None)
-    if isinstance(found, type) and issubclass(found, NSAServeError) and found is not Overloaded:
-        return found(message)
-    return fallback(message)
+def _private_folder() -> str:
+    """A new folder for the sockets that only this user can enter."""
+    folder = tempfile.mkdtemp(prefix="nsa-serve-")
+    if len(f"{folder}/{COMMANDS}") >= zmq.IPC_PATH_MAX_LEN:
+        shutil.rmtree(folder)
+        raise ConfigError(
+            f"the path {folder} is too long for a socket (at most {zmq.IPC_PATH_MAX_LEN} bytes): "
+            "set TMPDIR to a shorter one"
+        )
+    return folder
 
 
 def _bind(folder: str) -> tuple[zmq.asyncio.Context, zmq.Socket[bytes], zmq.asyncio.Socket]:

@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -16,13 +17,15 @@ import pytest
 from nsa_serve.config import EngineConfig
 from nsa_serve.errors import (
     CheckpointError,
+    ConfigError,
     EngineDead,
     InvalidParameter,
     Overloaded,
     PromptTooLong,
 )
 from nsa_serve.request import EngineRequest, FinishReason, RequestOutput, TokenLogprob
-from nsa_serve.server.client import EngineClient, merge
+from nsa_serve.server.client import EngineClient
+from nsa_serve.server.output_stream import merge
 from nsa_serve.tokenizer import Tokenizer
 from tests.checkpoints import TINY_LLAMA, write_config
 from tests.scripted_engine import make_request
@@ -298,6 +301,17 @@ def test_a_model_that_can_not_be_served_is_refused_in_one_line(tmp_path: Path) -
     with asyncio.Runner() as runner, pytest.raises(CheckpointError, match="nowhere") as caught:
         runner.run(EngineClient.start(EngineConfig.from_flags(model=missing, device="cpu")))
     assert "\n" not in str(caught.value)
+
+
+def test_a_temporary_folder_too_deep_for_a_socket_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with asyncio.Runner() as runner, pytest.raises(ConfigError, match="TMPDIR"):
+        runner.run(EngineClient.start(EngineConfig()))
+    assert not list(deep.iterdir())
 
 
 def test_a_slow_reader_gets_what_came_meanwhile_as_one_output() -> None:

@@ -135,4 +135,8 @@ def _leave_with_server(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Finalising torch takes a second, and may hang where the device is lost.
+    os._exit(code)

@@ -13,6 +13,8 @@ class StopMatcher:
     def __init__(self, stops: tuple[str, ...], *, include_stop: bool = False) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._include_stop = include_stop
+        # What is held back ends in one of these; most text does not.
+        self._inner = frozenset(char for stop in self._stops for char in stop[:-1])
         self._held = ""
         self.matched: str | None = None
 
@@ -52,6 +54,8 @@ class StopMatcher:
 
     def _num_held(self, buffer: str) -> int:
         """Length of the longest end of ``buffer`` with which some stop string begins."""
+        if buffer[-1] not in self._inner:
+            return 0
         return max(_overlap(buffer, stop) for stop in self._stops)
 
 
