@@ -129,7 +129,7 @@ def _attend_masked(
 
 
 def _block_bias(selection: Tensor, tile: QueryTile, num_blocks: int) -> Tensor:
-    """0 where a token chose a block, else −inf [Hkv, t, blocks + 1]; the last column is no block."""
+    """0 where a token chose a block, else −inf [Hkv, t, blocks + 1]; the last column is none."""
     chosen = selection[tile.tokens].transpose(0, 1).long()  # [Hkv, t, n]
     chosen = chosen.masked_fill(chosen < 0, num_blocks)
     bias = torch.full((*chosen.shape[:2], num_blocks + 1), -torch.inf, device=selection.device)
