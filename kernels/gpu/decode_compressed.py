@@ -20,10 +20,10 @@ import triton.language as tl
 
 from ..contracts import check
 from ..shapes import CompressedKV, NSAShape, StepBatch
+from .context_splits import LOG2_E, fitting_stages, max_splits, size_of_split
+from .decode_selection import num_entry_slots, select_and_merge, select_of_chunks
 
 Tensor = torch.Tensor
-
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,46 +44,6 @@ class CompressedTiles:
 
 
 TILES = CompressedTiles()
-
-
-def fitting_stages(stages: int, tile_bytes: int) -> int:
-    """At most ``stages``, and at most what shared memory (227 KB on Hopper) holds of such tiles."""
-    return max(1, min(stages, (200 << 10) // tile_bytes))
-
-
-def split_size(num_slots: int, tiles: CompressedTiles) -> int:
-    """Entries of a split in a row with ``num_slots`` entry slots. Twin of ``_split_size``."""
-    size = tiles.min_split
-    while size * size < tiles.spread * num_slots and size < tiles.min_split << 6:
-        size *= 2
-    return size
-
-
-def max_splits(max_slots: int, tiles: CompressedTiles) -> int:
-    """The most splits of any row with at most ``max_slots`` entry slots."""
-    most, size = 1, tiles.min_split
-    while True:
-        last = size * size // tiles.spread  # slots up to which this size serves
-        final = size >= tiles.min_split << 6 or last >= max_slots
-        most = max(most, triton.cdiv(max_slots if final else last, size))
-        if final:
-            return most
-        size *= 2
-
-
-@triton.jit
-def _num_slots(context, LEN: tl.constexpr, STRIDE: tl.constexpr):
-    """Entry slots of a row, up to and including its last visible entry; 0 where none is."""
-    visible = tl.where(context < LEN, 0, (context - LEN) // STRIDE + 1)
-    return tl.where(visible > 0, visible + LEN // STRIDE - 1, 0)
-
-
-@triton.jit
-def _split_size(num_slots, MIN_SPLIT: tl.constexpr, SPREAD: tl.constexpr):
-    size = num_slots * 0 + MIN_SPLIT
-    for _ in tl.static_range(6):
-        size = tl.where(size * size < SPREAD * num_slots, size * 2, size)
-    return size
 
 
 @triton.jit
@@ -155,8 +115,8 @@ def _attend_splits(
     for row in range(tl.program_id(2), num_rows, tl.num_programs(2)):
         row_first = tl.load(cu_seqlens_ptr + row)
         row_last = tl.load(cu_seqlens_ptr + row + 1)
-        num_slots = _num_slots(tl.load(context_lens_ptr + row), LEN, STRIDE)
-        size = _split_size(num_slots, MIN_SPLIT, SPREAD)
+        num_slots = num_entry_slots(tl.load(context_lens_ptr + row), LEN, STRIDE)
+        size = size_of_split(num_slots, MIN_SPLIT, SPREAD)
         begin = split * size
         end = tl.minimum(begin + size, num_slots)
         tokens = row_first + token_tile * TOKENS + rows // GROUP
@@ -165,7 +125,7 @@ def _attend_splits(
         if (begin < end) & (tl.sum(live.to(tl.int32), 0) > 0):
             heads = head * GROUP + rows % GROUP
             position = tl.load(positions_ptr + tokens, mask=live, other=-1).to(tl.int32)
-            last_slot = _num_slots(position + 1, LEN, STRIDE)  # [ROWS]
+            last_slot = num_entry_slots(position + 1, LEN, STRIDE)  # [ROWS]
             scored = live & (position // PAGE + 1 > SELECTED)
             any_scored = tl.sum(scored.to(tl.int32), 0) > 0
             q_at = tokens.to(tl.int64) * stride_qt + heads * stride_qh
@@ -230,279 +190,6 @@ def _attend_splits(
                 tl.store(acc_ptr + at, acc, mask=live[:, None] & (dv < DV)[None, :])
 
 
-@triton.jit
-def _threshold(key, WANTED: tl.constexpr):
-    """The largest x ≥ 0 with at least WANTED keys ≥ x, two bits a round; 0 where fewer are."""
-    x = tl.sum(key * 0, 0)
-    for step in tl.static_range(15):
-        shift = 29 - 2 * step
-        low = (key >= x + (1 << shift)).to(tl.int32)
-        middle = (key >= x + (2 << shift)).to(tl.int32)
-        both = tl.sum(low + (middle << 16), 0)
-        high = tl.sum((key >= x + (3 << shift)).to(tl.int32), 0)
-        digit = ((both & 0xFFFF) >= WANTED).to(tl.int32) + ((both >> 16) >= WANTED).to(tl.int32)
-        x += (digit + (high >= WANTED).to(tl.int32)) << shift
-    last = tl.sum((key > x).to(tl.int32), 0)
-    return x + (last >= WANTED).to(tl.int32)
-
-
-@triton.jit
-def _top_ranks(key, WANTED: tl.constexpr):
-    """Which of the keys (negative: none) are the WANTED highest, first come first on a tie.
-
-    Returns (taken, rank among the taken in order of appearance, how many are taken).
-    """
-    x = _threshold(key, WANTED)
-    above = (key > x).to(tl.int32)
-    equal = (key == x).to(tl.int32)
-    both = above + (equal << 16)
-    before = tl.cumsum(both, 0) - both
-    sums = tl.sum(both, 0)
-    wanted_equal = WANTED - (sums & 0xFFFF)
-    equal_before = before >> 16
-    taken = (above > 0) | ((equal > 0) & (equal_before < wanted_equal))
-    rank = (before & 0xFFFF) + tl.minimum(equal_before, wanted_equal)
-    return taken, rank, (sums & 0xFFFF) + tl.minimum(sums >> 16, wanted_equal)
-
-
-@triton.jit
-def _log_sum(
-    max_ptr, sum_ptr, at, live, num_splits, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr
-):
-    """log2 of the softmax denominator of heads at ``at``; 0 where nothing is visible."""
-    splits = tl.arange(0, SPLITS_PAD)
-    where = at[:, None] * SPLITS + splits[None, :]
-    stored = live[:, None] & (splits < num_splits)[None, :]
-    top = tl.load(max_ptr + where, mask=stored, other=float("-inf"))
-    total = tl.load(sum_ptr + where, mask=stored, other=0.0)
-    highest = tl.max(top, 1)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    denominator = tl.sum(total * tl.exp2(top - shift[:, None]), 1)
-    return tl.where(
-        denominator > 0, shift + tl.log2(tl.where(denominator > 0, denominator, 1.0)), 0
-    )
-
-
-@triton.jit
-def _merge_output(
-    out_ptr,
-    max_ptr,
-    sum_ptr,
-    acc_ptr,
-    token,
-    scratch_token,
-    head,
-    part,
-    num_splits,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-):
-    GROUP: tl.constexpr = HQ // HKV
-    STEP: tl.constexpr = 8 if SPLITS_PAD >= 8 else SPLITS_PAD
-    in_group = part * HEADS + tl.arange(0, HEADS)
-    live = in_group < GROUP
-    at = scratch_token.to(tl.int64) * HQ + head * GROUP + in_group
-    log_sum = _log_sum(max_ptr, sum_ptr, at, live, num_splits, SPLITS, SPLITS_PAD)
-    dv = tl.arange(0, DV_PAD)
-    out = tl.zeros([HEADS, DV_PAD], tl.float32)
-    for first in range(0, num_splits, STEP):
-        splits = first + tl.arange(0, STEP)
-        stored = live[:, None] & (splits < num_splits)[None, :]
-        where = at[:, None] * SPLITS + splits[None, :]
-        top = tl.load(max_ptr + where, mask=stored, other=float("-inf"))
-        weight = tl.exp2(top - log_sum[:, None])
-        acc = tl.load(
-            acc_ptr + where[:, :, None] * DV + dv[None, None, :],
-            mask=stored[:, :, None] & (dv < DV)[None, None, :],
-            other=0.0,
-        )  # [HEADS, STEP, DV]
-        out += tl.sum(acc * weight[:, :, None], 1)
-    out_at = (token.to(tl.int64) * HQ + head * GROUP + in_group)[:, None] * DV + dv[None, :]
-    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), live[:, None] & (dv < DV)[None, :])
-
-
-@triton.jit
-def _block_keys(
-    max_ptr,
-    sum_ptr,
-    own_ptr,
-    prev_ptr,
-    scratch_token,
-    head,
-    blocks,
-    current,
-    num_splits,
-    scored_pages,
-    num_pages,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
-    INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr,
-    SELECTED: tl.constexpr,
-    HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-):
-    """Rank keys of blocks: the bits of the group's score, the largest int where forced, else -1."""
-    GROUP: tl.constexpr = HQ // HKV
-    score = tl.zeros(blocks.shape, tl.float32)
-    if current + 1 > SELECTED:
-        for first in tl.static_range(0, GROUP, HEADS):
-            in_group = first + tl.arange(0, HEADS)
-            live = in_group < GROUP
-            at = scratch_token.to(tl.int64) * HQ + head * GROUP + in_group
-            log_sum = _log_sum(max_ptr, sum_ptr, at, live, num_splits, SPLITS, SPLITS_PAD)
-            where = at[:, None] * num_pages + blocks[None, :]
-            own = tl.load(
-                own_ptr + where,
-                mask=live[:, None] & (blocks < scored_pages)[None, :],
-                other=float("-inf"),
-            )
-            following = tl.load(
-                prev_ptr + where + 1,
-                mask=live[:, None] & (blocks + 1 < scored_pages)[None, :],
-                other=float("-inf"),
-            )
-            share = tl.exp2(own - log_sum[:, None]) + tl.exp2(following - log_sum[:, None])
-            score += tl.sum(share, 0)
-    forced = (blocks < INITIAL) | (blocks > current - LOCAL)
-    key = tl.where(forced, 0x7FFFFFFF, score.to(tl.int32, bitcast=True))
-    return tl.where(blocks <= current, key, -1)
-
-
-@triton.jit(do_not_specialize=["first_token"])
-def _select_and_merge(
-    positions_ptr,
-    token_rows_ptr,
-    context_lens_ptr,
-    max_ptr,
-    sum_ptr,
-    acc_ptr,
-    own_ptr,
-    prev_ptr,
-    out_ptr,  # [T, Hq, Dv]
-    selection_ptr,  # [T, Hkv, n]
-    key_ptr,  # [tokens, Hkv, chunks, n], where there is more than one chunk
-    block_ptr,
-    first_token,
-    num_pages,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    LEN: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAGE: tl.constexpr,
-    SELECTED: tl.constexpr,
-    SELECTED_PAD: tl.constexpr,
-    INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    SPREAD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,  # blocks
-    CHUNKS: tl.constexpr,
-    SCORE_HEADS: tl.constexpr,
-    MERGE_HEADS: tl.constexpr,
-):
-    part = tl.program_id(0)
-    head = tl.program_id(1)
-    scratch_token = tl.program_id(2)
-    token = first_token + scratch_token
-    position = tl.load(positions_ptr + token).to(tl.int32)
-    row = tl.load(token_rows_ptr + token)
-    context = tl.where(position < 0, 0, tl.load(context_lens_ptr + row))
-    num_slots = _num_slots(context, LEN, STRIDE)
-    num_splits = tl.cdiv(num_slots, _split_size(num_slots, MIN_SPLIT, SPREAD))
-    if part < CHUNKS:
-        blocks = part * CHUNK + tl.arange(0, CHUNK)
-        current = tl.where(position < 0, -1, position // PAGE)
-        key = _block_keys(
-            max_ptr,
-            sum_ptr,
-            own_ptr,
-            prev_ptr,
-            scratch_token,
-            head,
-            blocks,
-            current,
-            num_splits,
-            tl.cdiv(num_slots, PAGE // STRIDE),
-            num_pages,
-            HQ,
-            HKV,
-            INITIAL,
-            LOCAL,
-            SELECTED,
-            SCORE_HEADS,
-            SPLITS,
-            SPLITS_PAD,
-        )
-        taken, rank, count = _top_ranks(key, SELECTED)
-        places = tl.arange(0, SELECTED_PAD)
-        empty = (places >= count) & (places < SELECTED)
-        if CHUNKS == 1:
-            to = selection_ptr + (token.to(tl.int64) * HKV + head) * SELECTED
-        else:
-            at = ((scratch_token.to(tl.int64) * HKV + head) * CHUNKS + part) * SELECTED
-            tl.store(key_ptr + at + rank, key, mask=taken)
-            tl.store(key_ptr + at + places, -1, mask=empty)
-            to = block_ptr + at
-        tl.store(to + rank, blocks, mask=taken)
-        tl.store(to + places, -1, mask=empty)
-    else:
-        _merge_output(
-            out_ptr,
-            max_ptr,
-            sum_ptr,
-            acc_ptr,
-            token,
-            scratch_token,
-            head,
-            part - CHUNKS,
-            num_splits,
-            HQ,
-            HKV,
-            DV,
-            DV_PAD,
-            MERGE_HEADS,
-            SPLITS,
-            SPLITS_PAD,
-        )
-
-
-@triton.jit(do_not_specialize=["first_token"])
-def _select_of_chunks(
-    key_ptr,  # [tokens, Hkv, chunks, n]
-    block_ptr,
-    selection_ptr,  # [T, Hkv, n]
-    first_token,
-    HKV: tl.constexpr,
-    SELECTED: tl.constexpr,
-    SELECTED_PAD: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    CANDIDATES_PAD: tl.constexpr,
-):
-    """The top n of the chunks' top n: chunks ascend and so do their blocks, so ties keep order."""
-    head = tl.program_id(0)
-    scratch_token = tl.program_id(1)
-    at = (scratch_token.to(tl.int64) * HKV + head) * CANDIDATES
-    places = tl.arange(0, CANDIDATES_PAD)
-    key = tl.load(key_ptr + at + places, mask=places < CANDIDATES, other=-1)
-    blocks = tl.load(block_ptr + at + places, mask=places < CANDIDATES, other=-1)
-    taken, rank, count = _top_ranks(key, SELECTED)
-    to = selection_ptr + ((first_token + scratch_token).to(tl.int64) * HKV + head) * SELECTED
-    tl.store(to + rank, blocks, mask=taken)
-    rest = tl.arange(0, SELECTED_PAD)
-    tl.store(to + rest, -1, mask=(rest >= count) & (rest < SELECTED))
-
-
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """Everything the launches share, from host-side bounds alone."""
@@ -522,7 +209,7 @@ def _plan(
 ) -> _Plan:
     hq, hkv, dv = q.shape[1], compressed.k.shape[1], compressed.v.shape[3]
     pages = max(1, triton.cdiv(batch.max_context_len, nsa.page))
-    splits = max_splits(pages * nsa.entries_per_page, tiles)
+    splits = max_splits(pages * nsa.entries_per_page, tiles.min_split, tiles.spread)
     per_token = 4 * hq * (splits * (dv + 2) + 2 * pages)
     tokens = max(1, min(batch.num_tokens, tiles.scratch_bytes // per_token))
     chunk = min(tiles.select_blocks, max(16, triton.next_power_of_2(pages)))
@@ -611,7 +298,7 @@ def _launch_selection(
     score_heads = max(1, 2048 * tiles.select_warps // plan.chunk)
     parts = plan.chunks + (0 if out is None else triton.cdiv(group, merge_heads))
     n_pad = triton.next_power_of_2(n)
-    _select_and_merge[parts, plan.hkv, last - first](
+    select_and_merge[parts, plan.hkv, last - first](
         batch.positions, batch.token_rows, batch.context_lens,
         scratch.top, scratch.total, scratch.acc, scratch.own, scratch.prev,
         scratch.acc if out is None else out, selection, scratch.keys, scratch.blocks,
@@ -626,7 +313,7 @@ def _launch_selection(
     )  # fmt: skip
     if plan.chunks > 1:
         candidates = plan.chunks * n
-        _select_of_chunks[plan.hkv, last - first](
+        select_of_chunks[plan.hkv, last - first](
             scratch.keys, scratch.blocks, selection, first,
             HKV=plan.hkv, SELECTED=n, SELECTED_PAD=n_pad, CANDIDATES=candidates,
             CANDIDATES_PAD=triton.next_power_of_2(candidates), num_warps=1,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
-from .decode_compressed import LOG2_E, fitting_stages
+from .context_splits import LOG2_E, fitting_stages
 
 Tensor = torch.Tensor
 
@@ -53,9 +53,9 @@ def _normalise(acc, total):
 
 
 @triton.jit
-def _gate(gate_ptr, token, heads, live, BRANCH: tl.constexpr, HQ: tl.constexpr):
-    logit = tl.load(gate_ptr + (token.to(tl.int64) * HQ + heads) * 3 + BRANCH, mask=live, other=0.0)
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * logit.to(tl.float32)))
+def _gate(logit_ptr, live):
+    logit = tl.load(logit_ptr, mask=live, other=0.0).to(tl.float32)
+    return (1.0 / (1.0 + tl.exp2(-1.4426950408889634 * logit)))[:, None]
 
 
 @triton.jit
@@ -70,6 +70,9 @@ def _finish(
     live,
     stride_ct,
     stride_ch,
+    stride_gt,
+    stride_gh,
+    stride_gc,
     HQ: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
@@ -80,12 +83,12 @@ def _finish(
     dv = tl.arange(0, DV_PAD)
     keep = live[:, None] & (dv < DV)[None, :]
     if GATED:
-        out = selected * _gate(gate_ptr, token, heads, live, 1, HQ)[:, None]
-        out += window * _gate(gate_ptr, token, heads, live, 2, HQ)[:, None]
+        gate = gate_ptr + token.to(tl.int64) * stride_gt + heads * stride_gh
+        out = selected * _gate(gate + stride_gc, live) + window * _gate(gate + 2 * stride_gc, live)
         if COMPRESSED:
             at = token.to(tl.int64) * stride_ct + heads[:, None] * stride_ch + dv[None, :]
             compressed = tl.load(out_compressed_ptr + at, mask=keep, other=0.0).to(tl.float32)
-            out += compressed * _gate(gate_ptr, token, heads, live, 0, HQ)[:, None]
+            out += compressed * _gate(gate, live)
     else:
         out = selected
     at = (token.to(tl.int64) * HQ + heads)[:, None] * DV + dv[None, :]
@@ -146,6 +149,9 @@ def _attend_pages(
     stride_table,
     stride_ct,
     stride_ch,
+    stride_gt,
+    stride_gh,
+    stride_gc,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     DK: tl.constexpr,
@@ -207,27 +213,15 @@ def _attend_pages(
     resolved_ptr = slots_ptr + chosen_at
     # Pages are looked up one turn ahead by hand: the pipeliner would spend stages of buffers on it.
     page, slot = _page_of_visit(
-        first_visit,
-        end_visit,
-        first_window,
-        window_pages,
-        chosen_ptr,
-        resolved_ptr,
-        table,
+        first_visit, end_visit, first_window, window_pages, chosen_ptr, resolved_ptr, table,
         RESOLVED,
-    )
+    )  # fmt: skip
     for visit in range(first_visit, end_visit):
         in_window = visit < window_pages
         next_page, next_slot = _page_of_visit(
-            visit + 1,
-            end_visit,
-            first_window,
-            window_pages,
-            chosen_ptr,
-            resolved_ptr,
-            table,
+            visit + 1, end_visit, first_window, window_pages, chosen_ptr, resolved_ptr, table,
             RESOLVED,
-        )
+        )  # fmt: skip
         at = page * PAGE + keys
         written = at <= position
         k = tl.load(
@@ -253,22 +247,10 @@ def _attend_pages(
         page, slot = next_page, next_slot
     if SHARES == 1:
         _finish(
-            _normalise(acc_s, sum_s),
-            _normalise(acc_w, sum_w),
-            out_ptr,
-            out_compressed_ptr,
-            gate_ptr,
-            token,
-            heads,
-            live,
-            stride_ct,
-            stride_ch,
-            HQ,
-            DV,
-            DV_PAD,
-            GATED,
-            COMPRESSED,
-        )
+            _normalise(acc_s, sum_s), _normalise(acc_w, sum_w), out_ptr, out_compressed_ptr,
+            gate_ptr, token, heads, live, stride_ct, stride_ch, stride_gt, stride_gh, stride_gc,
+            HQ, DV, DV_PAD, GATED, COMPRESSED,
+        )  # fmt: skip
     else:
         at = ((token.to(tl.int64) * HQ + heads) * SHARES + share) * 2
         keep = live[:, None] & (dv < DV)[None, :]
@@ -319,6 +301,9 @@ def _merge_shares(
     gate_ptr,
     stride_ct,
     stride_ch,
+    stride_gt,
+    stride_gh,
+    stride_gc,
     HQ: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
@@ -336,22 +321,9 @@ def _merge_shares(
     if GATED:
         window = _merged_branch(max_ptr, sum_ptr, acc_ptr, at + 1, live, DV, DV_PAD, SHARES)
     _finish(
-        selected,
-        window,
-        out_ptr,
-        out_compressed_ptr,
-        gate_ptr,
-        token,
-        heads,
-        live,
-        stride_ct,
-        stride_ch,
-        HQ,
-        DV,
-        DV_PAD,
-        GATED,
-        COMPRESSED,
-    )
+        selected, window, out_ptr, out_compressed_ptr, gate_ptr, token, heads, live,
+        stride_ct, stride_ch, stride_gt, stride_gh, stride_gc, HQ, DV, DV_PAD, GATED, COMPRESSED,
+    )  # fmt: skip
 
 
 def _check(q: Tensor, kv: PagedKV, selection: Tensor, batch: StepBatch, nsa: NSAShape) -> None:
@@ -384,7 +356,6 @@ def decode_sparse_attention(
     """
     _check(q, kv, selection, batch, nsa)
     (tokens, hq, dk), hkv, dv = q.shape, kv.k.shape[1], kv.v.shape[3]
-    gates = None if gate_logits is None else gate_logits.contiguous()
     out = q.new_empty((tokens, hq, dv))
     shares = tiles.shares
     partial = (tokens, hq, shares, 2) if shares > 1 else (0,)
@@ -392,8 +363,8 @@ def decode_sparse_attention(
     total = torch.empty_like(top)
     acc = q.new_empty((*partial, dv) if shares > 1 else (0,), dtype=torch.float32)
     compressed = out if out_compressed is None else out_compressed
-    branches = {"GATED": gates is not None, "COMPRESSED": out_compressed is not None}
-    gates = out if gates is None else gates
+    branches = {"GATED": gate_logits is not None, "COMPRESSED": out_compressed is not None}
+    gates = out if gate_logits is None else gate_logits
     slots = None if slots is None else slots.contiguous()
     dk_pad, dv_pad = triton.next_power_of_2(dk), triton.next_power_of_2(dv)
     page_bytes = nsa.page * (dk_pad + dv_pad) * kv.k.element_size()
@@ -402,7 +373,7 @@ def decode_sparse_attention(
         batch.positions, batch.token_rows, batch.slot_table, out, compressed, gates,
         top, total, acc, LOG2_E / dk**0.5,
         q.stride(0), q.stride(1), *kv.k.stride()[:3], *kv.v.stride()[:3],
-        batch.slot_table.stride(0), compressed.stride(0), compressed.stride(1),
+        batch.slot_table.stride(0), compressed.stride(0), compressed.stride(1), *gates.stride(),
         HQ=hq, HKV=hkv, DK=dk, DV=dv, DK_PAD=dk_pad, DV_PAD=dv_pad,
         ROWS=max(16, triton.next_power_of_2(hq // hkv)), PAGE=nsa.page, WINDOW=nsa.window,
         SELECTED=nsa.num_selected, SELECTED_PAD=triton.next_power_of_2(nsa.num_selected),
@@ -412,7 +383,8 @@ def decode_sparse_attention(
     if shares > 1:
         heads = min(tiles.merge_heads, triton.next_power_of_2(hq))
         _merge_shares[triton.cdiv(hq, heads), tokens](
-            top, total, acc, out, compressed, gates, compressed.stride(0), compressed.stride(1),
+            top, total, acc, out, compressed, gates,
+            compressed.stride(0), compressed.stride(1), *gates.stride(),
             HQ=hq, DV=dv, DV_PAD=dv_pad, HEADS=heads, SHARES=shares, **branches,
             num_warps=tiles.merge_warps,
         )  # fmt: skip

@@ -1,7 +1,39 @@
-"""The reference on the device: torch's own ops."""
+"""Full causal attention over the paged cache.
+
+Rows of few tokens are split over their contexts, the others go through query tiles. In a mixed step
+both run, so that a decode token's bytes do not depend on whether somebody's prompt is in the step.
+"""
 
 from __future__ import annotations
 
-from ..reference.dense_attention import dense_attention
+import torch
 
-__all__ = ["dense_attention"]
+from ..contracts import check
+from ..shapes import PagedKV, StepBatch
+from .dense_decode import attend_short_rows
+from .dense_prefill import attend_long_rows
+
+Tensor = torch.Tensor
+
+# Steps with at most this many queries a row are all split over the context.
+MAX_DECODE_QUERIES = 8
+
+
+def dense_attention(q: Tensor, kv: PagedKV, batch: StepBatch) -> Tensor:
+    """Causal attention of ``q`` [T, Hq, Dk] over all cached tokens of its row: [T, Hq, Dv].
+
+    Scores are scaled by 1/√Dk. Padding tokens get 0. Raises ``ContractError`` where shapes do not
+    fit.
+    """
+    check(q.ndim == 3 and q.stride(2) == 1, "q must be [T, Hq, Dk] with unit last stride", q=q)
+    check(q.shape[0] == batch.num_tokens, "q and the batch differ in tokens", q=q)
+    check(q.shape[2] == kv.k.shape[3], "q and keys differ in Dk", q=q, k=kv.k)
+    check(q.shape[1] % kv.k.shape[1] == 0, "Hq is no multiple of Hkv", q=q, k=kv.k)
+    out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
+    decoding = batch.max_query_len <= MAX_DECODE_QUERIES
+    longest = batch.max_query_len if decoding else 1
+    if decoding or batch.num_rows > 1:
+        attend_short_rows(q, kv, batch, out, longest=longest)
+    if not decoding:
+        attend_long_rows(q, kv, batch, out, shortest=2 if batch.num_rows > 1 else 1)
+    return out

@@ -10,7 +10,8 @@ from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
 from .compressed_attention import MAX_DECODE_QUERIES
 from .decode_sparse import decode_sparse_attention
-from .sparse_pass import check_sparse, sparse_pass
+from .paged_tiles import check_sparse
+from .sparse_pass import fused_pass, sparse_pass
 
 Tensor = torch.Tensor
 
@@ -69,18 +70,10 @@ def sparse_attention(
             q, kv, selection, out_compressed, gate_logits, batch, nsa=nsa, slots=slots
         )
     if gate_logits is None:
-        return sparse_pass(q, kv, batch, nsa=nsa, selection=selection, slots=slots)
-    return sparse_pass(
-        q,
-        kv,
-        batch,
-        nsa=nsa,
-        selection=selection,
-        slots=slots,
-        window=nsa.window,
-        gate_logits=gate_logits,
-        out_compressed=None if out_compressed is None else out_compressed.contiguous(),
-    )
+        return sparse_pass(q, kv, selection, batch, nsa=nsa, slots=slots)
+    if out_compressed is not None:
+        out_compressed = out_compressed.contiguous()
+    return fused_pass(q, kv, selection, out_compressed, gate_logits, batch, nsa=nsa, slots=slots)
 
 
 @triton.jit

@@ -26,8 +26,8 @@ _LAST = tl.constexpr(2**63 - 1)
 class PageUnion:
     """Per query tile and KV head: far pages in ascending order, and bits of the near ones.
 
-    Near pages reach from the tile's first window page (without a window: its first token's page)
-    to its last token's page; they need masks, far ones do not.
+    Near pages reach from the tile's first token's page to its last token's page; they need masks,
+    far ones do not.
     """
 
     items: Tensor  # [tiles, Hkv, BT·n rounded up] int64
@@ -35,9 +35,9 @@ class PageUnion:
     near_bits: Tensor  # [tiles, Hkv, near] int32, bit b: token b of the tile selects the page
 
 
-def num_near_pages(tile_tokens: int, window: int, page: int) -> int:
-    """Most pages that the windows of ``tile_tokens`` neighbours can touch."""
-    return (window + tile_tokens - 2) // page + 2
+def num_near_pages(tile_tokens: int, page: int) -> int:
+    """Most pages on which ``tile_tokens`` neighbours can lie."""
+    return (tile_tokens - 2) // page + 2
 
 
 def unite_pages(
@@ -47,13 +47,12 @@ def unite_pages(
     *,
     nsa: NSAShape,
     tile_tokens: int,
-    window: int,
 ) -> PageUnion:
-    """Pages of every tile of ``tile_tokens`` from ``selection`` [T, Hkv, n]; window 0: none."""
+    """Pages of every tile of ``tile_tokens`` from ``selection`` [T, Hkv, n]."""
     num_tokens, num_kv_heads, num_selected = selection.shape
     num_tiles = num_query_tiles(num_tokens, batch.num_rows, tile_tokens)
     width = triton.next_power_of_2(tile_tokens * num_selected)
-    near = triton.next_power_of_2(num_near_pages(tile_tokens, max(window, 1), nsa.page))
+    near = triton.next_power_of_2(num_near_pages(tile_tokens, nsa.page))
     int32 = {"dtype": torch.int32, "device": selection.device}
     union = PageUnion(
         items=torch.empty(
@@ -81,7 +80,6 @@ def unite_pages(
         BT=tile_tokens,
         ITEMS=width,
         NEAR=near,
-        WINDOW=window,
         RESOLVED=slots is not None,
         num_warps=1 if width <= 128 else 4,
     )
@@ -108,7 +106,6 @@ def _unite_kernel(
     BT: tl.constexpr,
     ITEMS: tl.constexpr,
     NEAR: tl.constexpr,
-    WINDOW: tl.constexpr,
     RESOLVED: tl.constexpr,
 ):
     """One tile and KV head."""
@@ -118,7 +115,7 @@ def _unite_kernel(
     if token0 >= end:
         return
     line = tile.to(tl.int64) * HKV + head
-    near_first = first_near_page(tl.load(positions_ptr + token0).to(tl.int32), P, WINDOW)
+    near_first = tl.maximum(tl.load(positions_ptr + token0).to(tl.int32), 0) // P
     entries = tl.arange(0, ITEMS)
     owners = entries // N
     read = (owners < BT) & (token0 + owners < end)
@@ -151,9 +148,3 @@ def _unite_kernel(
     tl.store(counts_ptr + line, tl.sum(far.to(tl.int32), 0))
     tl.store(near_ptr + line * NEAR + tl.arange(0, NEAR), near_bits)
 
-
-@triton.jit
-def first_near_page(first_position, P: tl.constexpr, WINDOW: tl.constexpr):
-    """Page of the first key in the window of a tile's first token (WINDOW 0: of that token)."""
-    reach: tl.constexpr = WINDOW - 1 if WINDOW > 0 else 0
-    return tl.maximum(first_position - reach, 0) // P

@@ -7,7 +7,8 @@ import torch
 from ..shapes import NSAShape, PagedKV, StepBatch
 from .compressed_attention import MAX_DECODE_QUERIES
 from .decode_sparse import decode_sparse_attention
-from .sparse_pass import check_sparse, sparse_pass
+from .paged_tiles import check_sparse
+from .sparse_pass import sparse_pass
 
 Tensor = torch.Tensor
 
@@ -30,4 +31,4 @@ def selected_attention(
     check_sparse(q, kv, batch, nsa)
     if batch.max_query_len <= MAX_DECODE_QUERIES:
         return decode_sparse_attention(q, kv, selection, None, None, batch, nsa=nsa, slots=slots)
-    return sparse_pass(q, kv, batch, nsa=nsa, selection=selection, slots=slots)
+    return sparse_pass(q, kv, selection, batch, nsa=nsa, slots=slots)

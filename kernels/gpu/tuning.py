@@ -9,13 +9,17 @@ from triton import next_power_of_2
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One program's share: query tokens, their rows (tokens x heads, padded), keys, resources."""
+    """One program's share: query tokens, their rows (tokens x heads, padded), keys, resources.
+
+    With two ``halves`` a program keeps two products of half the tokens and rows each.
+    """
 
     tokens: int
     rows: int
     keys: int
     warps: int
     stages: int
+    halves: int = 1
 
 
 def query_tile(
@@ -35,24 +39,22 @@ def attend_tile(group: int, head_dim: int) -> Tile:
     """Compressed attention with output: accumulator [rows, Dv] stays in registers."""
     if head_dim > 128:
         return query_tile(group, 128, keys=64, warps=8, stages=2)
-    return query_tile(group, 256, keys=64, warps=8, stages=3)
+    return query_tile(group, 128, keys=64, warps=4, stages=2)
 
 
 def score_tile(group: int, head_dim: int) -> Tile:
     """Block scores: keys are the rows of the product, and whole tokens its columns."""
     padded = next_power_of_2(group)
-    columns = 256 if head_dim <= 128 else 128
-    tokens = max(1, min(columns // padded, 64))
-    stages = 3 if head_dim <= 128 else 2
-    return Tile(tokens=tokens, rows=tokens * padded, keys=128, warps=8, stages=stages)
+    tokens = max(1, min(128 // padded, 64))
+    warps = 4 if head_dim <= 128 else 8
+    return Tile(tokens=tokens, rows=tokens * padded, keys=64, warps=warps, stages=2)
 
 
 def sparse_tile(group: int, head_dim: int) -> Tile:
-    """Selected (and window) attention: few tokens, whose selections overlap; a page of keys."""
+    """Selected attention: few tokens, whose selections overlap; a page of keys."""
     return query_tile(group, 64, keys=0, warps=4, stages=3 if head_dim <= 128 else 2, most=16)
 
 
 def window_tile(group: int, head_dim: int) -> Tile:
-    """Window attention alone: neighbours share all their pages, so many tokens a tile."""
-    rows = 256 if head_dim <= 128 else 128
-    return query_tile(group, rows, keys=0, warps=8, stages=3 if head_dim <= 128 else 2)
+    """Window attention: neighbours share nearly all their pages."""
+    return query_tile(group, 64, keys=0, warps=4, stages=3 if head_dim <= 128 else 2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..shapes import NSAShape, PagedKV, StepBatch
-from .sparse_pass import check_sparse, sparse_pass
+from .paged_tiles import check_sparse
+from .window_pass import window_pass
 
 Tensor = torch.Tensor
 
@@ -16,4 +17,4 @@ def window_attention(q: Tensor, kv: PagedKV, batch: StepBatch, *, nsa: NSAShape)
     ``q`` [T, Hq, Dk]. Padding gives 0. Raises ``ContractError`` where shapes do not fit.
     """
     check_sparse(q, kv, batch, nsa)
-    return sparse_pass(q, kv, batch, nsa=nsa, window=nsa.window)
+    return window_pass(q, kv, batch, nsa=nsa)

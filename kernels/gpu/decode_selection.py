@@ -1,0 +1,225 @@
+"""Second half of decode's compressed attention: scores of blocks, the top n, and merged outputs.
+
+The top n are found by a bitwise search for the threshold, which yields ascending indices without
+sorting. Where a context has more blocks than one program ranks, each chunk of blocks answers its
+own top n, and a further launch takes the top n of those.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .context_splits import log_sum, merged_splits, size_of_split
+
+
+@triton.jit
+def num_entry_slots(context, LEN: tl.constexpr, STRIDE: tl.constexpr):
+    """Entry slots of a row, up to and including its last visible entry; 0 where none is."""
+    visible = tl.where(context < LEN, 0, (context - LEN) // STRIDE + 1)
+    return tl.where(visible > 0, visible + LEN // STRIDE - 1, 0)
+
+
+@triton.jit
+def _threshold(key, WANTED: tl.constexpr):
+    """The largest x ≥ 0 with at least WANTED keys ≥ x, two bits a round; 0 where fewer are."""
+    x = tl.sum(key * 0, 0)
+    for step in tl.static_range(15):
+        shift = 29 - 2 * step
+        low = (key >= x + (1 << shift)).to(tl.int32)
+        middle = (key >= x + (2 << shift)).to(tl.int32)
+        both = tl.sum(low + (middle << 16), 0)
+        high = tl.sum((key >= x + (3 << shift)).to(tl.int32), 0)
+        digit = ((both & 0xFFFF) >= WANTED).to(tl.int32) + ((both >> 16) >= WANTED).to(tl.int32)
+        x += (digit + (high >= WANTED).to(tl.int32)) << shift
+    last = tl.sum((key > x).to(tl.int32), 0)
+    return x + (last >= WANTED).to(tl.int32)
+
+
+@triton.jit
+def _top_ranks(key, WANTED: tl.constexpr):
+    """Which of the keys (negative: none) are the WANTED highest, first come first on a tie.
+
+    Returns (taken, rank among the taken in order of appearance, how many are taken).
+    """
+    x = _threshold(key, WANTED)
+    above = (key > x).to(tl.int32)
+    equal = (key == x).to(tl.int32)
+    both = above + (equal << 16)
+    before = tl.cumsum(both, 0) - both
+    sums = tl.sum(both, 0)
+    wanted_equal = WANTED - (sums & 0xFFFF)
+    equal_before = before >> 16
+    taken = (above > 0) | ((equal > 0) & (equal_before < wanted_equal))
+    rank = (before & 0xFFFF) + tl.minimum(equal_before, wanted_equal)
+    return taken, rank, (sums & 0xFFFF) + tl.minimum(sums >> 16, wanted_equal)
+
+
+@triton.jit
+def _block_keys(
+    max_ptr,
+    sum_ptr,
+    own_ptr,
+    prev_ptr,
+    scratch_token,
+    head,
+    blocks,
+    current,
+    num_splits,
+    scored_pages,
+    num_pages,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    SELECTED: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    """Rank keys of blocks: the bits of the group's score, the largest int where forced, else -1."""
+    GROUP: tl.constexpr = HQ // HKV
+    score = tl.zeros(blocks.shape, tl.float32)
+    if current + 1 > SELECTED:
+        for first in tl.static_range(0, GROUP, HEADS):
+            in_group = first + tl.arange(0, HEADS)
+            live = in_group < GROUP
+            at = scratch_token.to(tl.int64) * HQ + head * GROUP + in_group
+            log_total = log_sum(max_ptr, sum_ptr, at, live, num_splits, SPLITS, SPLITS_PAD)
+            where = at[:, None] * num_pages + blocks[None, :]
+            own = tl.load(
+                own_ptr + where,
+                mask=live[:, None] & (blocks < scored_pages)[None, :],
+                other=float("-inf"),
+            )
+            following = tl.load(
+                prev_ptr + where + 1,
+                mask=live[:, None] & (blocks + 1 < scored_pages)[None, :],
+                other=float("-inf"),
+            )
+            share = tl.exp2(own - log_total[:, None]) + tl.exp2(following - log_total[:, None])
+            score += tl.sum(share, 0)
+    forced = (blocks < INITIAL) | (blocks > current - LOCAL)
+    key = tl.where(forced, 0x7FFFFFFF, score.to(tl.int32, bitcast=True))
+    return tl.where(blocks <= current, key, -1)
+
+
+@triton.jit(do_not_specialize=["first_token"])
+def select_and_merge(
+    positions_ptr,
+    token_rows_ptr,
+    context_lens_ptr,
+    max_ptr,
+    sum_ptr,
+    acc_ptr,
+    own_ptr,
+    prev_ptr,
+    out_ptr,  # [T, Hq, Dv]
+    selection_ptr,  # [T, Hkv, n]
+    key_ptr,  # [tokens, Hkv, chunks, n], where there is more than one chunk
+    block_ptr,
+    first_token,
+    num_pages,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    LEN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    SELECTED: tl.constexpr,
+    SELECTED_PAD: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,  # blocks
+    CHUNKS: tl.constexpr,
+    SCORE_HEADS: tl.constexpr,
+    MERGE_HEADS: tl.constexpr,
+):
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    scratch_token = tl.program_id(2)
+    token = first_token + scratch_token
+    position = tl.load(positions_ptr + token).to(tl.int32)
+    row = tl.load(token_rows_ptr + token)
+    context = tl.where(position < 0, 0, tl.load(context_lens_ptr + row))
+    num_slots = num_entry_slots(context, LEN, STRIDE)
+    num_splits = tl.cdiv(num_slots, size_of_split(num_slots, MIN_SPLIT, SPREAD))
+    if part < CHUNKS:
+        blocks = part * CHUNK + tl.arange(0, CHUNK)
+        current = tl.where(position < 0, -1, position // PAGE)
+        key = _block_keys(
+            max_ptr,
+            sum_ptr,
+            own_ptr,
+            prev_ptr,
+            scratch_token,
+            head,
+            blocks,
+            current,
+            num_splits,
+            tl.cdiv(num_slots, PAGE // STRIDE),
+            num_pages,
+            HQ,
+            HKV,
+            INITIAL,
+            LOCAL,
+            SELECTED,
+            SCORE_HEADS,
+            SPLITS,
+            SPLITS_PAD,
+        )
+        taken, rank, count = _top_ranks(key, SELECTED)
+        places = tl.arange(0, SELECTED_PAD)
+        empty = (places >= count) & (places < SELECTED)
+        if CHUNKS == 1:
+            to = selection_ptr + (token.to(tl.int64) * HKV + head) * SELECTED
+        else:
+            at = ((scratch_token.to(tl.int64) * HKV + head) * CHUNKS + part) * SELECTED
+            tl.store(key_ptr + at + rank, key, mask=taken)
+            tl.store(key_ptr + at + places, -1, mask=empty)
+            to = block_ptr + at
+        tl.store(to + rank, blocks, mask=taken)
+        tl.store(to + places, -1, mask=empty)
+    else:
+        in_group = (part - CHUNKS) * MERGE_HEADS + tl.arange(0, MERGE_HEADS)
+        live = in_group < HQ // HKV
+        heads = head * (HQ // HKV) + in_group
+        out = merged_splits(
+            max_ptr, sum_ptr, acc_ptr, scratch_token.to(tl.int64) * HQ + heads, live, num_splits,
+            DV, DV_PAD, SPLITS, SPLITS_PAD,
+        )  # fmt: skip
+        dv = tl.arange(0, DV_PAD)
+        out_at = (token.to(tl.int64) * HQ + heads)[:, None] * DV + dv[None, :]
+        keep = live[:, None] & (dv < DV)[None, :]
+        tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["first_token"])
+def select_of_chunks(
+    key_ptr,  # [tokens, Hkv, chunks, n]
+    block_ptr,
+    selection_ptr,  # [T, Hkv, n]
+    first_token,
+    HKV: tl.constexpr,
+    SELECTED: tl.constexpr,
+    SELECTED_PAD: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    CANDIDATES_PAD: tl.constexpr,
+):
+    """The top n of the chunks' top n: chunks ascend and so do their blocks, so ties keep order."""
+    head = tl.program_id(0)
+    scratch_token = tl.program_id(1)
+    at = (scratch_token.to(tl.int64) * HKV + head) * CANDIDATES
+    places = tl.arange(0, CANDIDATES_PAD)
+    key = tl.load(key_ptr + at + places, mask=places < CANDIDATES, other=-1)
+    blocks = tl.load(block_ptr + at + places, mask=places < CANDIDATES, other=-1)
+    taken, rank, count = _top_ranks(key, SELECTED)
+    to = selection_ptr + ((first_token + scratch_token).to(tl.int64) * HKV + head) * SELECTED
+    tl.store(to + rank, blocks, mask=taken)
+    rest = tl.arange(0, SELECTED_PAD)
+    tl.store(to + rest, -1, mask=(rest >= count) & (rest < SELECTED))
