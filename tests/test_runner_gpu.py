@@ -136,6 +136,7 @@ def folder(tmp_path):
 
 
 def test_the_cache_takes_the_share_of_free_memory_that_steps_leave(folder):
+    torch.cuda.empty_cache()  # what earlier tests left in torch's hands would count as used
     free = torch.cuda.mem_get_info()[0]
     worker = Worker(worker_config(folder, gpu_memory_utilization=0.2))
     used = free - torch.cuda.mem_get_info()[0]
