@@ -58,3 +58,9 @@ def sparse_tile(group: int, head_dim: int) -> Tile:
 def window_tile(group: int, head_dim: int) -> Tile:
     """Window attention: neighbours share nearly all their pages."""
     return query_tile(group, 64, keys=0, warps=4, stages=3 if head_dim <= 128 else 2)
+
+
+def dense_tile(group: int, head_dim: int) -> Tile:
+    """Dense attention over pages that pointers address: eight warps hide the address arithmetic."""
+    rows = 256 if head_dim <= 128 else 128
+    return query_tile(group, rows, keys=64, warps=8, stages=3 if head_dim <= 128 else 2)
