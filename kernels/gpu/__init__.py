@@ -1,4 +1,8 @@
-"""The ops in Triton: same names and signatures as the reference, for CUDA tensors."""
+"""The ops in Triton: same names and signatures as the reference, for CUDA tensors.
+
+What edits logits is the reference's own: a few element-wise or top-k calls of torch on [B, V], for
+the few requests that ask, without a host sync.
+"""
 
 from ..reference.sampling import add_bias, apply_penalties, gumbel_noise, token_logprobs
 from .compress import compress
@@ -6,6 +10,7 @@ from .compressed_attention import compressed_attention
 from .dense_attention import dense_attention
 from .gated_fusion import gated_fusion, sparse_attention
 from .kv_write import kv_write
+from .linear import linear
 from .norm_rope import add_rms_norm, qkv_norm_rope, rms_norm, swiglu
 from .sampling import sample
 from .select_blocks import block_scores, select_blocks
@@ -23,6 +28,7 @@ __all__ = [
     "gated_fusion",
     "gumbel_noise",
     "kv_write",
+    "linear",
     "qkv_norm_rope",
     "rms_norm",
     "sample",

@@ -5,6 +5,7 @@ from .compressed_attention import compressed_attention
 from .dense_attention import dense_attention
 from .gated_fusion import gated_fusion, sparse_attention
 from .kv_write import kv_write
+from .linear import linear
 from .norm_rope import add_rms_norm, qkv_norm_rope, rms_norm, swiglu
 from .sampling import add_bias, apply_penalties, gumbel_noise, sample, token_logprobs
 from .select_blocks import block_scores, select_blocks
@@ -22,6 +23,7 @@ __all__ = [
     "gated_fusion",
     "gumbel_noise",
     "kv_write",
+    "linear",
     "qkv_norm_rope",
     "rms_norm",
     "sample",

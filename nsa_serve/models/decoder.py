@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -24,7 +25,13 @@ class DecoderLayer:
     """One layer's weights, and its pass from normalised input to the MLP's output."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, weights: dict[str, Tensor], rotary: Rotary
+        self,
+        config: ModelConfig,
+        layer: int,
+        weights: dict[str, Tensor],
+        rotary: Rotary,
+        *,
+        deterministic: bool,
     ) -> None:
         def take(name: str) -> Tensor | None:
             # Popped, so that a weight whose packed copy is made doesn't stay beside it.
@@ -38,10 +45,11 @@ class DecoderLayer:
         self.q_norm, self.k_norm = take("q_norm"), take("k_norm")
         self.ops = ops_for(self.input_norm.device)
         self.attention = build_attention(config, layer, weights, rotary, self.ops)
-        self.qkv = build_linear(need("qkv.weight"), take("qkv.bias"))
-        self.o = build_linear(need("o.weight"), take("o.bias"))
-        self.gate_up = build_linear(need("gate_up.weight"))
-        self.down = build_linear(need("down.weight"))
+        linear = partial(build_linear, deterministic=deterministic)
+        self.qkv = linear(need("qkv.weight"), take("qkv.bias"))
+        self.o = linear(need("o.weight"), take("o.bias"))
+        self.gate_up = linear(need("gate_up.weight"))
+        self.down = linear(need("down.weight"))
         self.rows = fused_rows(config)
 
     def __call__(
@@ -81,18 +89,23 @@ class Decoder:
     """The model on one device. ``forward`` takes any mix of prefill chunks and decodes.
 
     ``weights`` are by the names of ``families.placement`` and are used up: the caller keeps none.
+    ``deterministic``: products in an order of sums that the other tokens of a step do not change.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Tensor], *, deterministic: bool = False
+    ) -> None:
         self.config = config
         self.embed = weights.pop("embed")
         self.device, self.dtype = self.embed.device, self.embed.dtype
         self.norm = weights.pop("norm")
-        self.lm_head = build_linear(weights.pop("lm_head", self.embed))
+        lm_head = weights.pop("lm_head", self.embed)
+        self.lm_head = build_linear(lm_head, deterministic=deterministic)
         self.rotary = build_rotary(config.rope, config.head_dim_k, config.max_position, self.device)
         self.ops = ops_for(self.device)
         self.layers = [
-            DecoderLayer(config, layer, weights, self.rotary) for layer in range(config.num_layers)
+            DecoderLayer(config, layer, weights, self.rotary, deterministic=deterministic)
+            for layer in range(config.num_layers)
         ]
         assert not weights, f"weights without a place: {sorted(weights)}"
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..config import DType
+from ..kernels.dispatch import ops_for
 
 Tensor = torch.Tensor
 
@@ -54,8 +55,27 @@ class PackedLinear:
         return F.linear(x.float(), self.packed.to_dense().float(), bias).to(x.dtype)
 
 
-def build_linear(weight: Tensor, bias: Tensor | None = None) -> Linear | PackedLinear:
-    """The product for ``weight`` [out, in] on the device and in the type it is in."""
+class FixedLinear(Linear):
+    """The same product, in an order of sums that does not depend on the number of rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        self.ops = ops_for(weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product: Tensor = self.ops.linear(x, self.weight, self.bias)
+        return product
+
+
+def build_linear(
+    weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
+) -> Linear | PackedLinear:
+    """The product for ``weight`` [out, in] on the device and in the type it is in.
+
+    ``deterministic``: a row's bytes are the same whatever other rows there are.
+    """
+    if deterministic:
+        return FixedLinear(weight, bias)
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return PackedLinear(weight, bias) if on_cpu and has_fast_bf16() else Linear(weight, bias)
 

@@ -37,16 +37,20 @@ def load_decoder(
     dtype: torch.dtype,
     seed: int | None = None,
     progress: Progress | None = None,
+    deterministic: bool = False,
 ) -> Decoder:
     """The model on ``device``. With ``seed``, random weights instead of the checkpoint's.
+
+    ``deterministic`` as of ``Decoder``.
 
     Raises ``CheckpointError``, naming file and key, where a tensor is missing, has another shape,
     or has no place in the model.
     """
     if seed is not None:
-        return Decoder(config, random_weights(config, device=device, dtype=dtype, seed=seed))
-    weights = load_weights(checkpoint, config, device=device, dtype=dtype, progress=progress)
-    return Decoder(config, weights)
+        weights = random_weights(config, device=device, dtype=dtype, seed=seed)
+    else:
+        weights = load_weights(checkpoint, config, device=device, dtype=dtype, progress=progress)
+    return Decoder(config, weights, deterministic=deterministic)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

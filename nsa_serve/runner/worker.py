@@ -121,6 +121,7 @@ class Worker:
             dtype=self.dtype,
             seed=source.seed if source.random_weights else None,
             progress=progress,
+            deterministic=self.config.graph.deterministic,
         )
 
     def _size_cache(self) -> CacheSize:
