@@ -156,6 +156,8 @@ class StepBatch:
     slot_table: Tensor  # [B, M] int32, device slots of those blocks; −1 where not on the device
     max_query_len: int  # the most tokens of one row; 1 in a pure decode step
     max_context_len: int  # the longest context of a row
+    # (tokens, context) of each row, where the host knows them for good: not in a captured step
+    row_lens: tuple[tuple[int, int], ...] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -1,7 +1,8 @@
 """Full causal attention over the paged cache.
 
-Rows of few tokens are split over their contexts, the others go through query tiles. In a mixed step
-both run, so that a decode token's bytes do not depend on whether somebody's prompt is in the step.
+Rows of few tokens are split over their contexts; the others go through xformers, or through query
+tiles of our own. In a mixed step both run, so that a decode token's bytes do not depend on whether
+somebody's prompt is in the step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from ..contracts import check
 from ..shapes import PagedKV, StepBatch
 from .dense_decode import attend_short_rows
 from .dense_prefill import attend_long_rows
+from .varlen_prefill import attend_varlen, find_xformers, serves
 
 Tensor = torch.Tensor
 
@@ -35,5 +37,14 @@ def dense_attention(q: Tensor, kv: PagedKV, batch: StepBatch) -> Tensor:
     if decoding or batch.num_rows > 1:
         attend_short_rows(q, kv, batch, out, longest=longest)
     if not decoding:
-        attend_long_rows(q, kv, batch, out, shortest=2 if batch.num_rows > 1 else 1)
+        _attend_prompts(q, kv, batch, out)
     return out
+
+
+def _attend_prompts(q: Tensor, kv: PagedKV, batch: StepBatch, out: Tensor) -> None:
+    shortest = 2 if batch.num_rows > 1 else 1
+    varlen = find_xformers() if serves(q, kv, batch) else None
+    if varlen is None:
+        attend_long_rows(q, kv, batch, out, shortest=shortest)
+    else:
+        attend_varlen(q, kv, batch, out, varlen, shortest=shortest)

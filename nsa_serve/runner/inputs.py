@@ -33,6 +33,7 @@ class StepShape:
     sizes: StepSizes
     max_query_len: int
     max_context_len: int
+    row_lens: tuple[tuple[int, int], ...]  # (tokens, context) of each row that is not padding
     from_device: bool  # some token is known to the device alone
 
 
@@ -116,7 +117,10 @@ class StepBuffers:
         _pad(host["context_lens"], contexts, 0)
         _pad(host["table_rows"], rows, 0)
         _fill_logits_index(host["logits_index"], chunks, ends, spans)
-        return StepShape(sizes, int(lengths.max()), int(contexts.max()), from_device)
+        row_lens = tuple(zip(lengths.tolist(), contexts.tolist(), strict=True))
+        return StepShape(
+            sizes, int(lengths.max()), int(contexts.max()), row_lens, from_device=from_device
+        )
 
     def inputs(self, fields: Tensors, shape: StepShape, *, whole_table: bool = False) -> StepInputs:
         """The forward pass's record. ``whole_table``: all columns, so that any context fits."""
@@ -136,6 +140,7 @@ class StepBuffers:
             slot_table=self.pool.slots_of(blocks),
             max_query_len=shape.max_query_len,
             max_context_len=context,
+            row_lens=None if whole_table else shape.row_lens,
         )
         return StepInputs(
             token_ids, batch, self.pool.kv, self.pool.compressed, fields["logits_index"]
