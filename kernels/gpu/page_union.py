@@ -147,4 +147,3 @@ def _unite_kernel(
     tl.store(items_ptr + line * ITEMS + entries, item)
     tl.store(counts_ptr + line, tl.sum(far.to(tl.int32), 0))
     tl.store(near_ptr + line * NEAR + tl.arange(0, NEAR), near_bits)
-

@@ -218,7 +218,7 @@ def _score_kernel(
         q_ptr + tokens.to(tl.int64)[:, None] * q_stride_t + heads[:, None] * q_stride_h + dims,
         mask=valid[:, None] & (dims[None, :] < DK),
         other=0.0,
-    )  # [BT·PADDED_G, BLOCK_DK]
+    ).T  # [BLOCK_DK, BT·PADDED_G]; transposed here, so that it is staged once and not every turn
     # +inf makes the exponential of a padding head 0.
     lse = tl.load(lse_ptr + tokens.to(tl.int64) * (HKV * G) + heads, mask=valid, other=float("inf"))
     row_table = table_ptr + row.to(tl.int64) * table_stride
@@ -229,7 +229,7 @@ def _score_kernel(
     for start in tl.range(0, most + OV - 1, BN, num_stages=STAGES):
         k = load_entries(k_source, row_table, row, head, start - (OV - 1), most, k_stride_b,
                          k_stride_h, k_stride_e, HKV, BN, DK, BLOCK_DK, E, OV, PAGED)  # fmt: skip
-        s = tl.dot(k, q.T, input_precision="ieee")  # [BN, BT·PADDED_G]
+        s = tl.dot(k, q, input_precision="ieee")  # [BN, BT·PADDED_G]
         p = _sum_heads(tl.exp2(s * scale - lse[None, :]), BN, BT, PADDED_G)  # [BN, BT]
         seen = (start + slots >= OV - 1)[:, None] & (
             (start + slots)[:, None] < visible[None, :] + (OV - 1)

@@ -36,10 +36,8 @@ def fused_pass(
     nsa: NSAShape,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """Gated sum [T, Hq, Dv] of the branches: the window pass first, onto which the selected adds."""
-    out = window_pass(
-        q, kv, batch, nsa=nsa, gate_logits=gate_logits, out_compressed=out_compressed
-    )
+    """Gated sum [T, Hq, Dv] of the branches: first the window pass, then the selected one adds."""
+    out = window_pass(q, kv, batch, nsa=nsa, gate_logits=gate_logits, out_compressed=out_compressed)
     return sparse_pass(
         q, kv, selection, batch, nsa=nsa, slots=slots, gate_logits=gate_logits, out=out
     )
@@ -243,9 +241,7 @@ def _sparse_kernel(
         v = load_page(v_source, slot, head, P, v_stride_s, v_stride_h, v_stride_p,
                       P, BP, DV, BLOCK_DV, True, DESCRIPTORS)  # fmt: skip
         if HALVES == 1:
-            top0, total0, acc0 = _fold_page(
-                q0, k, v, bits, inside, scale, top0, total0, acc0, G
-            )
+            top0, total0, acc0 = _fold_page(q0, k, v, bits, inside, scale, top0, total0, acc0, G)
         else:
             if (bits & ((1 << HT) - 1)) != 0:
                 top0, total0, acc0 = _fold_page(
