@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -61,13 +63,15 @@ def select_blocks(scores: Tensor, positions: Tensor, *, nsa: NSAShape) -> Tensor
     )
     if selection.numel() == 0:
         return selection
-    _select_rows_kernel[(num_tokens * num_kv_heads,)](
+    sizes = _selection_sizes(blocks, nsa)
+    _select_rows_kernel[(triton.cdiv(num_tokens * num_kv_heads, sizes["ROWS"]),)](
         scores,
         selection,
         positions,
+        num_tokens * num_kv_heads,
         blocks,
         HKV=num_kv_heads,
-        **_selection_sizes(blocks, nsa),
+        **sizes,
     )
     return selection
 
@@ -92,7 +96,8 @@ def select_tiles(
     blocks = nsa.num_selected if scores is None else scores.shape[3]
     own = selection if scores is None else scores[0]
     spill = selection if scores is None else scores[-1]
-    _select_tiles_kernel[(count * tile_tokens * num_kv_heads,)](
+    sizes = _selection_sizes(blocks, nsa, multiple=tile_tokens * num_kv_heads)
+    _select_tiles_kernel[(count * tile_tokens * num_kv_heads // sizes["ROWS"],)](
         own,
         spill,
         selection,
@@ -107,11 +112,12 @@ def select_tiles(
         L=nsa.compress_len,
         STRIDE=nsa.compress_stride,
         SCORED=scores is not None and blocks > nsa.num_selected,
-        **_selection_sizes(blocks, nsa),
+        **sizes,
     )
 
 
-def _selection_sizes(blocks: int, nsa: NSAShape) -> dict[str, int]:
+def _selection_sizes(blocks: int, nsa: NSAShape, multiple: int = 0) -> dict[str, int]:
+    """Sizes of a program that takes as many rows as fit its registers and divide ``multiple``."""
     block = max(triton.next_power_of_2(blocks), triton.next_power_of_2(nsa.num_selected), 16)
     return {
         "P": nsa.page,
@@ -120,6 +126,7 @@ def _selection_sizes(blocks: int, nsa: NSAShape) -> dict[str, int]:
         "LOCAL": nsa.num_local,
         "BLOCK_N": triton.next_power_of_2(nsa.num_selected),
         "BLOCK": block,
+        "ROWS": math.gcd(max(1, min(1024 // block, 8)), multiple or 8),
         "num_warps": max(1, min(block // 1024, 16)),
     }
 
@@ -132,49 +139,57 @@ def _ordered(scores):
 
 
 @triton.jit
-def choose_blocks(scores, position, P: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
+def choose_blocks(scores, positions, P: tl.constexpr, N: tl.constexpr, INITIAL: tl.constexpr,
                   LOCAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Mask [BLOCK] of the N blocks that a token with more than N candidates selects.
+    """Mask [R, BLOCK] of the N blocks that each token with more than N candidates selects.
 
-    Bisects for the largest key that at least N blocks reach, and stops as soon as exactly N do.
-    Blocks equal at that key are taken from the smallest index on.
+    ``scores`` [R, BLOCK], ``positions`` [R]. Bisects for the largest key that at least N blocks
+    reach, until exactly N do in every row. Blocks equal at that key are taken from the smallest
+    index on. Tokens with at most N candidates get all of them.
     """
-    blocks = tl.arange(0, BLOCK)
-    current = position // P
-    forced = (blocks < INITIAL) | (blocks > current - LOCAL)
+    blocks = tl.arange(0, BLOCK)[None, :]
+    current = tl.where(positions < 0, -1, positions // P)
+    candidate = blocks <= current[:, None]
+    forced = candidate & ((blocks < INITIAL) | (blocks > current[:, None] - LOCAL))
     keys = tl.where(forced, _FORCED, _ordered(scores))
-    keys = tl.where(blocks <= current, keys, _ABSENT)
-    low = tl.min(tl.where(blocks <= current, keys, _FORCED), 0).to(tl.int64)
-    high = tl.max(tl.where(forced, _ABSENT, keys), 0).to(tl.int64)
-    high = tl.where(tl.sum((keys == _FORCED).to(tl.int32), 0) >= N, _FORCED, high)
-    reached = current + 1
-    while (low < high) & (reached != N):
+    keys = tl.where(candidate, keys, _ABSENT)
+    low = tl.min(tl.where(candidate, keys, _FORCED), 1).to(tl.int64)
+    high = tl.max(tl.where(forced, _ABSENT, keys), 1).to(tl.int64)
+    high = tl.where(tl.sum(forced.to(tl.int32), 1) >= N, _FORCED, high)
+    reached = tl.where(current < N, N, current + 1)
+    active = (low < high) & (reached != N)
+    while tl.max(active.to(tl.int32), 0) != 0:
         middle = low + (high - low + 1) // 2
-        above = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), 0)
+        above = tl.sum((keys >= middle.to(tl.int32)[:, None]).to(tl.int32), 1)
         enough = above >= N
-        low = tl.where(enough, middle, low)
-        reached = tl.where(enough, above, reached)
-        high = tl.where(enough, high, middle - 1)
-    threshold = low.to(tl.int32)
+        low = tl.where(active & enough, middle, low)
+        reached = tl.where(active & enough, above, reached)
+        high = tl.where(active & (above < N), middle - 1, high)
+        active = (low < high) & (reached != N)
+    threshold = tl.where(current < N, _ABSENT + 1, low.to(tl.int32))[:, None]
     chosen = keys >= threshold
-    if reached != N:
+    if tl.max((reached != N).to(tl.int32), 0) != 0:
         certain = keys > threshold
         equal = (keys == threshold).to(tl.int32)
-        spare = N - tl.sum(certain.to(tl.int32), 0)
-        chosen = certain | ((equal != 0) & (tl.cumsum(equal, 0) <= spare))
+        spare = N - tl.sum(certain.to(tl.int32), 1)
+        first = (equal != 0) & (tl.cumsum(equal, 1) <= spare[:, None])
+        chosen = tl.where((reached != N)[:, None], certain | first, chosen)
     return chosen
 
 
 @triton.jit
-def _store_selection(selection_ptr, chosen, N: tl.constexpr, BLOCK_N: tl.constexpr,
+def _store_selection(selection_ptr, lines, valid, chosen, N: tl.constexpr, BLOCK_N: tl.constexpr,
                      BLOCK: tl.constexpr):  # fmt: skip
-    """Write the chosen blocks ascending at ``selection_ptr`` [N], -1 after them."""
-    blocks = tl.arange(0, BLOCK)
-    ranks = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(selection_ptr + ranks, blocks, mask=chosen)
-    places = tl.arange(0, BLOCK_N)
-    number = tl.sum(chosen.to(tl.int32), 0)
-    tl.store(selection_ptr + places, -1, mask=(places >= number) & (places < N))
+    """Write the chosen blocks [R, BLOCK] ascending at ``lines`` [R] of N, -1 after them."""
+    chosen = chosen & valid[:, None]
+    blocks = tl.zeros([chosen.shape[0], BLOCK], tl.int32) + tl.arange(0, BLOCK)[None, :]
+    ranks = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    starts = selection_ptr + lines[:, None] * N
+    tl.store(starts + ranks, blocks, mask=chosen)
+    places = tl.arange(0, BLOCK_N)[None, :]
+    number = tl.sum(chosen.to(tl.int32), 1)[:, None]
+    absent = tl.full([chosen.shape[0], BLOCK_N], -1, tl.int32)
+    tl.store(starts + places, absent, mask=valid[:, None] & (places >= number) & (places < N))
 
 
 @triton.jit
@@ -182,6 +197,7 @@ def _select_rows_kernel(
     scores_ptr,
     selection_ptr,
     positions_ptr,
+    num_lines,
     blocks,
     HKV: tl.constexpr,
     P: tl.constexpr,
@@ -190,17 +206,17 @@ def _select_rows_kernel(
     LOCAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One token and KV head."""
-    line = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions_ptr + line // HKV).to(tl.int32)
-    offsets = tl.arange(0, BLOCK)
-    chosen = offsets * P <= position
-    if position >= N * P:
-        read = chosen & (offsets < blocks)
-        scores = tl.load(scores_ptr + line * blocks + offsets, mask=read, other=0.0)
-        chosen = choose_blocks(scores, position, P, N, INITIAL, LOCAL, BLOCK)
-    _store_selection(selection_ptr + line * N, chosen, N, BLOCK_N, BLOCK)
+    """ROWS pairs of token and KV head."""
+    lines = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = lines < num_lines
+    positions = tl.load(positions_ptr + lines // HKV, mask=valid, other=-1).to(tl.int32)
+    offsets = tl.arange(0, BLOCK)[None, :]
+    read = (offsets * P <= positions[:, None]) & (offsets < blocks)
+    scores = tl.load(scores_ptr + lines[:, None] * blocks + offsets, mask=read, other=0.0)
+    chosen = choose_blocks(scores, positions, P, N, INITIAL, LOCAL, BLOCK)
+    _store_selection(selection_ptr, lines, valid, chosen, N, BLOCK_N, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "first_tile", "blocks"])
@@ -225,31 +241,36 @@ def _select_tiles_kernel(
     LOCAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One token and KV head of a query tile; scores are laid out by tile."""
+    """ROWS pairs of token and KV head of one query tile; scores are laid out by tile."""
     OV: tl.constexpr = L // STRIDE
-    line = tl.program_id(0)
-    local = line // HKV
-    _, token0, end = locate_tile(cu_ptr, first_tile + local // BT, num_rows, num_tokens, BT)
-    token = token0 + local % BT
-    if token >= end:
+    E: tl.constexpr = P // STRIDE
+    line0 = tl.program_id(0) * ROWS
+    tile = first_tile + line0 // (HKV * BT)
+    _, token0, end = locate_tile(cu_ptr, tile, num_rows, num_tokens, BT)
+    if token0 + line0 // HKV % BT >= end:
         return
-    position = tl.load(positions_ptr + token).to(tl.int32)
-    offsets = tl.arange(0, BLOCK)
-    chosen = offsets * P <= position
+    lines = line0 + tl.arange(0, ROWS)
+    tokens = token0 + lines // HKV % BT
+    valid = tokens < end
+    positions = tl.load(positions_ptr + tokens, mask=valid, other=-1).to(tl.int32)
+    offsets = tl.arange(0, BLOCK)[None, :]
+    chosen = offsets * P <= positions[:, None]
     # Nested, because the outer condition is known at compile time.
     if SCORED:  # noqa: SIM102
-        if position >= N * P:
-            # Slots of pages from here on hold no entry that this token sees: not written.
-            slots = num_visible(position, L, STRIDE) + (OV - 1)
-            E: tl.constexpr = P // STRIDE
-            base = line.to(tl.int64) * blocks + offsets
+        if tl.max(positions, 0) >= N * P:
+            # Slots of pages from here on hold no entry that this token sees: not written. Nor is
+            # anything where every token of the score pass's tile takes all its blocks.
+            slots = num_visible(positions, L, STRIDE) + (OV - 1)
+            slots = tl.where(positions >= N * P, slots, 0)[:, None]
+            base = lines.to(tl.int64)[:, None] * blocks + offsets
             scores = tl.load(own_ptr + base, mask=offsets * E < slots, other=0.0)
             if OV > 1:
                 scores += tl.load(spill_ptr + base + 1, mask=(offsets + 1) * E < slots, other=0.0)
-            chosen = choose_blocks(scores, position, P, N, INITIAL, LOCAL, BLOCK)
-    place = token.to(tl.int64) * HKV + line % HKV
-    _store_selection(selection_ptr + place * N, chosen, N, BLOCK_N, BLOCK)
+            chosen = choose_blocks(scores, positions, P, N, INITIAL, LOCAL, BLOCK)
+    places = tokens.to(tl.int64) * HKV + lines % HKV
+    _store_selection(selection_ptr, places, valid, chosen, N, BLOCK_N, BLOCK)
 
 
 @triton.jit
