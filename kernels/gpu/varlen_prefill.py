@@ -64,7 +64,7 @@ def _mask(rows: RowLens, device: torch.device) -> Any:
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, rows: RowLens) -> Tensor:
-    """Causal attention of each row's ``q`` [t, Hq, D] over its ``k``, ``v`` [c, Hkv, D]: as ``q``."""
+    """Causal attention of each row's ``q`` [t, Hq, D] over its ``k``, ``v`` [c, Hkv, D]."""
     ops = importlib.import_module("xformers.ops")
     num_kv_heads = k.shape[1]
     grouped = q.unflatten(1, (num_kv_heads, -1))  # [t, Hkv, G, D]
