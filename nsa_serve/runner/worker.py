@@ -50,7 +50,7 @@ class Worker:
         self._free_at_start = free_bytes(self.device)
         self.num_weight_bytes = num_weight_bytes(self.model_config, self.dtype)
         self._check_fit()
-        self._model = self._load(progress)
+        self.model = self._load(progress)
         size = self._size_cache()
         self.max_model_len, self.num_blocks = size.max_model_len, size.num_blocks
         self.pool = DevicePool(self.layout, self.num_blocks, self.num_blocks, self.device)
@@ -177,7 +177,7 @@ class Worker:
     ) -> ModelRunner:
         eager = self.config.graph.enforce_eager or self.device.type != "cuda"
         return ModelRunner(
-            self._model,
+            self.model,
             pool,
             vocab_size=self.model_config.vocab_size,
             eos_token_ids=self.model_config.eos_token_ids,
