@@ -1,4 +1,4 @@
-"""Sampling of next tokens: one pass over the logits, or a few where something is truncated; no sort.
+"""Sampling of next tokens: a pass over the logits, or a few where something is truncated; no sort.
 
 The noise is the reference's, hash by hash. What truncation keeps is everything from some value on:
 that value is found by bisection between values that occur, which takes a few passes over the row.
@@ -81,7 +81,8 @@ def _draw(logits: Tensor, top: Tensor, floor: Tensor, settings: SamplingTensors)
 @triton.jit
 def _scaled(x, top, temperature):
     """Logits over the temperature, the highest at 0; rounded as the reference's."""
-    return tl.div_rn(x - top, tl.where(temperature > 0, temperature, 1.0))
+    finite = tl.where(tl.abs(top) < float("inf"), top, 0.0)
+    return tl.div_rn(x - finite, tl.where(temperature > 0, temperature, 1.0))
 
 
 @triton.jit
