@@ -90,7 +90,7 @@ def test_at_2k_nsa_finds_within_one_of_what_dense_finds(encode):
 def test_at_4k_blocks_chosen_by_their_true_mass_find_every_number(encode):
     engine, model = engine_for()
     for layer in model.layers:
-        layer.attention.ops = TrueMassOps()
+        layer.attention.ops = TrueMassOps(layer.attention.ops)
     trials = list(needles(4000, encode))
     answers = asyncio.run(completions(engine, [ask(needle) for needle in trials]))
     texts = [answer["choices"][0]["text"] for answer in answers]

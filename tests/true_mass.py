@@ -7,6 +7,7 @@ nothing when the blocks are chosen well.
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,20 +20,21 @@ _TILE = 128  # queries whose scores over the whole context are held at once
 
 
 class TrueMassOps:
-    """The reference's ops, save that ``compressed_attention`` selects by the true mass.
+    """The ops of a layer, save that ``compressed_attention`` selects by the true mass.
 
     One layer's own: it remembers the pages that ``kv_write`` was given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ops: ModuleType) -> None:
+        self._ops = ops
         self._kv: PagedKV | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(reference, name)
+        return getattr(self._ops, name)
 
     def kv_write(self, k: Tensor, v: Tensor, kv: PagedKV, *args: Any, **kwargs: Any) -> None:
         self._kv = kv
-        reference.kv_write(k, v, kv, *args, **kwargs)
+        self._ops.kv_write(k, v, kv, *args, **kwargs)
 
     def compressed_attention(
         self, q: Tensor, compressed: CompressedKV, batch: StepBatch, *, nsa: NSAShape,
@@ -56,7 +58,7 @@ class TrueMassOps:
         heads = keys.shape[1]
         keys = keys.transpose(0, 1).flatten(1, 2).float()  # [Hkv, pages·P, D]
         # Beyond the last token a page holds what it held before.
-        future = torch.arange(keys.shape[1]) > positions[:, None]
+        future = torch.arange(keys.shape[1], device=q.device) > positions[:, None]
         keys = keys.masked_fill(future[-1][None, :, None], 0.0)
         grouped = q.float().unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, t, D]
         scores = grouped @ keys.transpose(1, 2)[:, None] / q.shape[-1] ** 0.5
