@@ -15,8 +15,6 @@ from nsa_serve.kernels.gpu.gated_fusion import gated_fusion, sparse_attention
 from nsa_serve.kernels.gpu.score_pass import select_from_entries
 from nsa_serve.kernels.gpu.select_blocks import block_scores, select_blocks
 from nsa_serve.kernels.gpu.selected_attention import selected_attention
-from nsa_serve.kernels.gpu.sparse_pass import sparse_pass
-from nsa_serve.kernels.gpu.tuning import Tile
 from nsa_serve.kernels.gpu.window_attention import window_attention
 from nsa_serve.kernels.shapes import NSAShape
 from tests import oracle
@@ -151,21 +149,6 @@ def test_selected_pages_are_taken_from_given_slots() -> None:
     batch = replace(case.batch, slot_table=table)
     out = selected_attention(case.q, case.kv, selection, batch, nsa=case.nsa, slots=slots)
     assert_rows(out, case, selected_of(case, selection))
-
-
-@pytest.mark.parametrize(("heads", "nsa", "dtype"), CASES[:2])
-def test_a_tile_of_two_halves_gives_the_bytes_of_one(
-    heads: Heads, nsa: NSAShape, dtype: torch.dtype
-) -> None:
-    case = ragged(heads, nsa, dtype)
-    selection = random_selection(case)
-    one = Tile(tokens=2, rows=32, keys=0, warps=1, stages=2)
-    two = Tile(tokens=4, rows=64, keys=0, warps=1, stages=2, halves=2)
-    outs = [
-        sparse_pass(case.q, case.kv, selection, case.batch, nsa=nsa, tile=tile)
-        for tile in (one, two)
-    ]
-    assert torch.equal(*outs)
 
 
 def test_entries_read_page_by_page_give_the_bytes_of_gathered_ones() -> None:

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..contracts import check
 from ..shapes import NSAShape, StepBatch
 from .query_tiles import locate_tile, num_query_tiles
 
@@ -49,6 +50,7 @@ def unite_pages(
     tile_tokens: int,
 ) -> PageUnion:
     """Pages of every tile of ``tile_tokens`` from ``selection`` [T, Hkv, n]."""
+    check(tile_tokens <= MAX_TILE_TOKENS, "a page has too few token bits", tokens=tile_tokens)
     num_tokens, num_kv_heads, num_selected = selection.shape
     num_tiles = num_query_tiles(num_tokens, batch.num_rows, tile_tokens)
     width = triton.next_power_of_2(tile_tokens * num_selected)

@@ -2,8 +2,7 @@
 
 Neighbouring tokens share a tile and the union of their selected pages, so that a page is fetched
 once for all who want it. Pages before the tile's own (far) are wholly visible: a row that did not
-select one is hidden by its exponent. A tile may have two halves, each with its own matrix product:
-both share the fetches, and a half none of whose tokens wants a page skips it.
+select one is hidden by its exponent.
 """
 
 from __future__ import annotations
@@ -112,9 +111,8 @@ def _launch(
         BLOCK_DV=triton.next_power_of_2(kv.v.shape[3]),
         P=nsa.page,
         BP=page_rows(nsa.page),
-        HT=tile.tokens // tile.halves,
-        HALVES=tile.halves,
-        BM=tile.rows // tile.halves,
+        BT=tile.tokens,
+        BM=tile.rows,
         ITEMS=union.items.shape[2],
         NEAR=union.near_bits.shape[2],
         GATED=gate_logits is not None,
@@ -126,37 +124,13 @@ def _launch(
 
 
 @triton.jit
-def _rows_of(token0, end, head, G: tl.constexpr, HT: tl.constexpr, BM: tl.constexpr):
-    """Tokens, heads and validity [BM] of the rows of one half; rows are token-major."""
-    rows = tl.arange(0, BM)
-    tokens = token0 + rows // G
-    return tokens, head * G + rows % G, (rows < HT * G) & (tokens < end)
-
-
-@triton.jit
-def _fold_page(q, k, v, bits, seen, scale, top, total, acc, G: tl.constexpr):
-    """One page for one half: ``bits`` of the tokens that want it, ``seen`` [BM or 1, BP]."""
+def _fold_page(q, k, v, hit, seen, scale, top, total, acc):
+    """One page: ``hit`` [BM] the rows that want it, ``seen`` [BM or 1, BP] the keys they see."""
     s = tl.dot(q, k.T, input_precision="ieee")  # [BM, BP]
     if seen is not None:
         s = tl.where(seen, s, float("-inf"))
-    hit = ((bits >> (tl.arange(0, q.shape[0]) // G)) & 1) != 0
     p, alpha, top, total = fold_hits(s, hit, scale, top, total)
     return top, total, fold_values(p, v, alpha, acc)
-
-
-@triton.jit
-def _store(out_ptr, gates_ptr, tokens, heads, valid, result, stride_t, stride_h, stride_c,
-           HQ: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-           GATED: tl.constexpr):  # fmt: skip
-    """Write one half's [BM, BLOCK_DV]; GATED: times the gate, onto what is there."""
-    dims = tl.arange(0, BLOCK_DV)
-    place = out_ptr + (tokens.to(tl.int64) * HQ + heads)[:, None] * DV + dims
-    written = valid[:, None] & (dims[None, :] < DV)
-    if GATED:
-        gate = load_gates(gates_ptr, tokens, heads, 1, valid, stride_t, stride_h, stride_c)
-        result = result * gate[:, None]
-        result += tl.load(place, mask=written, other=0.0).to(tl.float32)
-    tl.store(place, result.to(out_ptr.dtype.element_ty), mask=written)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "table_stride"])
@@ -195,8 +169,7 @@ def _sparse_kernel(
     BLOCK_DV: tl.constexpr,
     P: tl.constexpr,
     BP: tl.constexpr,
-    HT: tl.constexpr,
-    HALVES: tl.constexpr,
+    BT: tl.constexpr,
     BM: tl.constexpr,
     ITEMS: tl.constexpr,
     NEAR: tl.constexpr,
@@ -204,22 +177,17 @@ def _sparse_kernel(
     DESCRIPTORS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """HALVES x HT tokens x G heads of one KV head."""
-    BT: tl.constexpr = HALVES * HT
+    """BT tokens x G heads of one KV head; rows are token-major."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
     row, token0, end = locate_tile(cu_ptr, tile, num_rows, num_tokens, BT)
     if token0 >= end:
         return
-    tokens0, heads, valid0 = _rows_of(token0, end, head, G, HT, BM)
-    q0 = load_queries(q_ptr, tokens0, heads, valid0, q_stride_t, q_stride_h, DK, BLOCK_DK)
-    top0 = tl.full([BM], -1.0e30, tl.float32)
-    total0 = tl.zeros([BM], tl.float32)
-    acc0 = tl.zeros([BM, BLOCK_DV], tl.float32)
-    if HALVES == 2:
-        tokens1, _, valid1 = _rows_of(token0 + HT, end, head, G, HT, BM)
-        q1 = load_queries(q_ptr, tokens1, heads, valid1, q_stride_t, q_stride_h, DK, BLOCK_DK)
-        top1, total1, acc1 = top0, total0, acc0
+    rows = tl.arange(0, BM)
+    tokens = token0 + rows // G
+    heads = head * G + rows % G
+    valid = (rows < BT * G) & (tokens < end)
+    q = load_queries(q_ptr, tokens, heads, valid, q_stride_t, q_stride_h, DK, BLOCK_DK)
     first = tl.load(positions_ptr + token0).to(tl.int32)
     last = tl.load(positions_ptr + tl.minimum(token0 + BT, end) - 1).to(tl.int32)
     keys = tl.arange(0, BP)
@@ -229,6 +197,9 @@ def _sparse_kernel(
     line = tile.to(tl.int64) * HKV + head
     count = tl.load(counts_ptr + line)
     items = items_ptr + line * ITEMS
+    top = tl.full([BM], -1.0e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BLOCK_DV], tl.float32)
     upcoming = tl.load(items, mask=count > 0, other=0)
     for i in tl.range(0, count, num_stages=STAGES):
         # Read one turn ahead: the page's address is known when its own turn comes.
@@ -240,23 +211,12 @@ def _sparse_kernel(
                       P, BP, DK, BLOCK_DK, True, DESCRIPTORS)  # fmt: skip
         v = load_page(v_source, slot, head, P, v_stride_s, v_stride_h, v_stride_p,
                       P, BP, DV, BLOCK_DV, True, DESCRIPTORS)  # fmt: skip
-        if HALVES == 1:
-            top0, total0, acc0 = _fold_page(q0, k, v, bits, inside, scale, top0, total0, acc0, G)
-        else:
-            if (bits & ((1 << HT) - 1)) != 0:
-                top0, total0, acc0 = _fold_page(
-                    q0, k, v, bits, inside, scale, top0, total0, acc0, G
-                )
-            if (bits >> HT) != 0:
-                top1, total1, acc1 = _fold_page(
-                    q1, k, v, bits >> HT, inside, scale, top1, total1, acc1, G
-                )
+        hit = ((bits >> (rows // G)) & 1) != 0
+        top, total, acc = _fold_page(q, k, v, hit, inside, scale, top, total, acc)
     # Pages from ``near`` on hold keys after the first token, and perhaps unwritten ones.
     near = tl.maximum(first, 0) // P
     slot_table = table_ptr + row.to(tl.int64) * table_stride
-    positions0 = tl.load(positions_ptr + tokens0, mask=valid0, other=-1).to(tl.int32)
-    if HALVES == 2:
-        positions1 = tl.load(positions_ptr + tokens1, mask=valid1, other=-1).to(tl.int32)
+    positions = tl.load(positions_ptr + tokens, mask=valid, other=-1).to(tl.int32)
     for page in tl.range(near, (last + P) // P, num_stages=1):
         slot = tl.load(slot_table + page)
         bits = tl.load(near_ptr + line * NEAR + page - near)
@@ -265,16 +225,17 @@ def _sparse_kernel(
                       P, BP, DK, BLOCK_DK, True, DESCRIPTORS)  # fmt: skip
         v = load_page(v_source, slot, head, limit, v_stride_s, v_stride_h, v_stride_p,
                       P, BP, DV, BLOCK_DV, False, DESCRIPTORS)  # fmt: skip
-        at = page * P + keys[None, :]
-        causal = (keys[None, :] < P) & (at <= positions0[:, None])
-        top0, total0, acc0 = _fold_page(q0, k, v, bits, causal, scale, top0, total0, acc0, G)
-        if HALVES == 2:
-            causal = (keys[None, :] < P) & (at <= positions1[:, None])
-            top1, total1, acc1 = _fold_page(
-                q1, k, v, bits >> HT, causal, scale, top1, total1, acc1, G
-            )
-    _store(out_ptr, gates_ptr, tokens0, heads, valid0, normalised(total0, acc0), gate_stride_t,
-           gate_stride_h, gate_stride_c, HKV * G, DV, BLOCK_DV, GATED)  # fmt: skip
-    if HALVES == 2:
-        _store(out_ptr, gates_ptr, tokens1, heads, valid1, normalised(total1, acc1), gate_stride_t,
-               gate_stride_h, gate_stride_c, HKV * G, DV, BLOCK_DV, GATED)  # fmt: skip
+        causal = (keys[None, :] < P) & (page * P + keys[None, :] <= positions[:, None])
+        hit = ((bits >> (rows // G)) & 1) != 0
+        top, total, acc = _fold_page(q, k, v, hit, causal, scale, top, total, acc)
+    dims = tl.arange(0, BLOCK_DV)
+    place = out_ptr + (tokens.to(tl.int64) * (HKV * G) + heads)[:, None] * DV + dims
+    written = valid[:, None] & (dims[None, :] < DV)
+    out = normalised(total, acc)
+    if GATED:
+        gate = load_gates(
+            gates_ptr, tokens, heads, 1, valid, gate_stride_t, gate_stride_h, gate_stride_c
+        )
+        out = out * gate[:, None]
+        out += tl.load(place, mask=written, other=0.0).to(tl.float32)
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=written)

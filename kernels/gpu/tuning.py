@@ -9,17 +9,13 @@ from triton import next_power_of_2
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One program's share: query tokens, their rows (tokens x heads, padded), keys, resources.
-
-    With two ``halves`` a program keeps two products of half the tokens and rows each.
-    """
+    """One program's share: query tokens, their rows (tokens x heads, padded), keys, resources."""
 
     tokens: int
     rows: int
     keys: int
     warps: int
     stages: int
-    halves: int = 1
 
 
 def query_tile(
