@@ -155,6 +155,27 @@ def _sum_heads(p, BN: tl.constexpr, BT: tl.constexpr, PADDED_G: tl.constexpr):
         return tl.sum(tl.reshape(p, [BN, BT, PADDED_G]), 2)
 
 
+@triton.jit
+def _store_scores(s, scale, lse, start, seen, own_ptr, spill_ptr, source, valid, blocks,
+                  BN: tl.constexpr, BT: tl.constexpr, PADDED_G: tl.constexpr, E: tl.constexpr,
+                  OV: tl.constexpr):  # fmt: skip
+    """Write the page sums of slots ``start`` … of BT tokens from ``s`` [BN, BT·PADDED_G]."""
+    slots = tl.arange(0, BN)
+    p = _sum_heads(tl.exp2(s * scale - lse[None, :]), BN, BT, PADDED_G)  # [BN, BT]
+    at = start + slots[:, None]
+    p = tl.where((at >= OV - 1) & (at < seen[None, :]), p, 0.0)
+    # Slots 0 … OV - 2 of a page lie partly in the page before: weights here, the rest there.
+    inside = tl.minimum(slots % E + 1, OV).to(tl.float32)
+    pages = start // E + tl.arange(0, BN // E)
+    target = source[None, :] + pages[:, None]
+    stored = (pages[:, None] < blocks) & valid[None, :]
+    own = tl.sum(tl.reshape(p * inside[:, None], [BN // E, E, BT]), 1)  # [BN / E, BT]
+    tl.store(own_ptr + target, own, mask=stored)
+    if OV > 1:
+        spill = tl.sum(tl.reshape(p * (OV - inside)[:, None], [BN // E, E, BT]), 1)
+        tl.store(spill_ptr + target, spill, mask=stored)
+
+
 @triton.jit(
     do_not_specialize=["num_tokens", "num_rows", "first_tile", "count", "blocks", "table_stride"]
 )
@@ -222,24 +243,19 @@ def _score_kernel(
     # +inf makes the exponential of a padding head 0.
     lse = tl.load(lse_ptr + tokens.to(tl.int64) * (HKV * G) + heads, mask=valid, other=float("inf"))
     row_table = table_ptr + row.to(tl.int64) * table_stride
-    slots = tl.arange(0, BN)
     members_out = (local.to(tl.int64) * BT + lanes) * HKV + head  # [BT]
-    # Slots 0 … OV - 2 of a page lie partly in the page before: weights here, the rest there.
-    inside = tl.minimum(slots % E + 1, OV).to(tl.float32)
-    for start in tl.range(0, most + OV - 1, BN, num_stages=STAGES):
-        k = load_entries(k_source, row_table, row, head, start - (OV - 1), most, k_stride_b,
+    source = members_out * blocks
+    seen = tl.where(tile_valid, visible + (OV - 1), 0)  # [BT]
+    stop = most + OV - 1
+    k = load_entries(k_source, row_table, row, head, 1 - OV, most, k_stride_b, k_stride_h,
+                     k_stride_e, HKV, BN, DK, BLOCK_DK, E, OV, PAGED)  # fmt: skip
+    s = tl.dot(k, q, input_precision="ieee")  # [BN, BT·PADDED_G]
+    # A turn ends with the next product: the keys after those are fetched during the exponentials.
+    for start in tl.range(0, stop - BN, BN, num_stages=STAGES):
+        _store_scores(s, scale, lse, start, seen, own_ptr, spill_ptr, source, tile_valid, blocks,
+                      BN, BT, PADDED_G, E, OV)  # fmt: skip
+        k = load_entries(k_source, row_table, row, head, start + BN - (OV - 1), most, k_stride_b,
                          k_stride_h, k_stride_e, HKV, BN, DK, BLOCK_DK, E, OV, PAGED)  # fmt: skip
-        s = tl.dot(k, q, input_precision="ieee")  # [BN, BT·PADDED_G]
-        p = _sum_heads(tl.exp2(s * scale - lse[None, :]), BN, BT, PADDED_G)  # [BN, BT]
-        seen = (start + slots >= OV - 1)[:, None] & (
-            (start + slots)[:, None] < visible[None, :] + (OV - 1)
-        )
-        p = tl.where(seen, p, 0.0)
-        own = tl.sum(tl.reshape(p * inside[:, None], [BN // E, E, BT]), 1)  # [BN / E, BT]
-        pages = start // E + tl.arange(0, BN // E)
-        target = members_out[None, :] * blocks + pages[:, None]
-        stored = (pages[:, None] < blocks) & tile_valid[None, :]
-        tl.store(own_ptr + target, own, mask=stored)
-        if OV > 1:
-            spill = tl.sum(tl.reshape(p * (OV - inside)[:, None], [BN // E, E, BT]), 1)
-            tl.store(spill_ptr + target, spill, mask=stored)
+        s = tl.dot(k, q, input_precision="ieee")
+    _store_scores(s, scale, lse, (stop - 1) // BN * BN, seen, own_ptr, spill_ptr, source,
+                  tile_valid, blocks, BN, BT, PADDED_G, E, OV)  # fmt: skip
