@@ -48,25 +48,25 @@ def page_rows(page: int) -> int:
 
 
 @triton.jit
-def load_page(source, slot, head, limit, stride_s, stride_h, stride_p, P: tl.constexpr,
-              BP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+def load_page(source, slot, head, stride_s, stride_h, stride_p, P: tl.constexpr,
+              BP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
               DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """One head's page [BP, BLOCK_D]; unless WHOLE, zeros from token ``limit`` on."""
-    tokens = tl.arange(0, BP)
+    """One head's page [BP, BLOCK_D], unwritten tokens included."""
     if DESCRIPTORS:
-        x = source.load([slot, head, 0, 0]).reshape(BP, BLOCK_D)
-        if not WHOLE:
-            x = tl.where(tokens[:, None] < limit, x, 0.0)
-        return x
+        return source.load([slot, head, 0, 0]).reshape(BP, BLOCK_D)
     else:
-        dims = tl.arange(0, BLOCK_D)
-        start = source + slot.to(tl.int64) * stride_s + head * stride_h
-        pointers = start + tokens[:, None] * stride_p + dims[None, :]
-        if WHOLE and (P == BP) and (D == BLOCK_D):
-            return tl.load(pointers)
-        else:
-            kept = (tokens < P) if WHOLE else (tokens < limit)
-            return tl.load(pointers, mask=kept[:, None] & (dims[None, :] < D), other=0.0)
+        return load_tokens(source, slot, head, P, stride_s, stride_h, stride_p, P, BP, D, BLOCK_D)
+
+
+@triton.jit
+def load_tokens(source, slot, head, limit, stride_s, stride_h, stride_p, P: tl.constexpr,
+                BP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """One head's page [BP, BLOCK_D] through pointers; zeros from token ``limit`` on."""
+    tokens = tl.arange(0, BP)
+    dims = tl.arange(0, BLOCK_D)
+    start = source + slot.to(tl.int64) * stride_s + head * stride_h
+    pointers = start + tokens[:, None] * stride_p + dims[None, :]
+    return tl.load(pointers, mask=(tokens < limit)[:, None] & (dims[None, :] < D), other=0.0)
 
 
 @triton.jit

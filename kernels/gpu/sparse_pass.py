@@ -16,7 +16,15 @@ import triton.language as tl
 from ..shapes import NSAShape, PagedKV, StepBatch
 from .online_softmax import fold_hits, fold_values, normalised
 from .page_union import SLOT_BITS, SLOT_MASK, TOKEN_MASK, PageUnion, unite_pages
-from .paged_tiles import described, load_gates, load_page, load_queries, page_operand, page_rows
+from .paged_tiles import (
+    described,
+    load_gates,
+    load_page,
+    load_queries,
+    load_tokens,
+    page_operand,
+    page_rows,
+)
 from .query_tiles import locate_tile, num_query_tiles
 from .tuning import Tile, sparse_tile
 from .window_pass import window_pass
@@ -86,6 +94,7 @@ def _launch(
         q,
         page_operand(kv.k, descriptors),
         page_operand(kv.v, descriptors),
+        kv.v,
         union.items,
         union.counts,
         union.near_bits,
@@ -138,6 +147,7 @@ def _sparse_kernel(
     q_ptr,
     k_source,
     v_source,
+    v_ptr,
     items_ptr,
     counts_ptr,
     near_ptr,
@@ -187,7 +197,6 @@ def _sparse_kernel(
     tokens = token0 + rows // G
     heads = head * G + rows % G
     valid = (rows < BT * G) & (tokens < end)
-    q = load_queries(q_ptr, tokens, heads, valid, q_stride_t, q_stride_h, DK, BLOCK_DK)
     first = tl.load(positions_ptr + token0).to(tl.int32)
     last = tl.load(positions_ptr + tl.minimum(token0 + BT, end) - 1).to(tl.int32)
     keys = tl.arange(0, BP)
@@ -201,41 +210,44 @@ def _sparse_kernel(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BLOCK_DV], tl.float32)
     upcoming = tl.load(items, mask=count > 0, other=0)
+    q = load_queries(q_ptr, tokens, heads, valid, q_stride_t, q_stride_h, DK, BLOCK_DK)
+    if GATED:
+        gate = load_gates(
+            gates_ptr, tokens, heads, 1, valid, gate_stride_t, gate_stride_h, gate_stride_c
+        )
     for i in tl.range(0, count, num_stages=STAGES):
         # Read one turn ahead: the page's address is known when its own turn comes.
         item = upcoming
         upcoming = tl.load(items + i + 1, mask=i + 1 < count, other=0)
         slot = (item & SLOT_MASK).to(tl.int32)
         bits = ((item >> SLOT_BITS) & TOKEN_MASK).to(tl.int32)
-        k = load_page(k_source, slot, head, P, k_stride_s, k_stride_h, k_stride_p,
-                      P, BP, DK, BLOCK_DK, True, DESCRIPTORS)  # fmt: skip
-        v = load_page(v_source, slot, head, P, v_stride_s, v_stride_h, v_stride_p,
-                      P, BP, DV, BLOCK_DV, True, DESCRIPTORS)  # fmt: skip
+        k = load_page(k_source, slot, head, k_stride_s, k_stride_h, k_stride_p,
+                      P, BP, DK, BLOCK_DK, DESCRIPTORS)  # fmt: skip
+        v = load_page(v_source, slot, head, v_stride_s, v_stride_h, v_stride_p,
+                      P, BP, DV, BLOCK_DV, DESCRIPTORS)  # fmt: skip
         hit = ((bits >> (rows // G)) & 1) != 0
         top, total, acc = _fold_page(q, k, v, hit, inside, scale, top, total, acc)
     # Pages from ``near`` on hold keys after the first token, and perhaps unwritten ones.
     near = tl.maximum(first, 0) // P
     slot_table = table_ptr + row.to(tl.int64) * table_stride
     positions = tl.load(positions_ptr + tokens, mask=valid, other=-1).to(tl.int32)
-    for page in tl.range(near, (last + P) // P, num_stages=1):
-        slot = tl.load(slot_table + page)
-        bits = tl.load(near_ptr + line * NEAR + page - near)
-        limit = tl.minimum(last + 1 - page * P, P)
-        k = load_page(k_source, slot, head, P, k_stride_s, k_stride_h, k_stride_p,
-                      P, BP, DK, BLOCK_DK, True, DESCRIPTORS)  # fmt: skip
-        v = load_page(v_source, slot, head, limit, v_stride_s, v_stride_h, v_stride_p,
-                      P, BP, DV, BLOCK_DV, False, DESCRIPTORS)  # fmt: skip
-        causal = (keys[None, :] < P) & (page * P + keys[None, :] <= positions[:, None])
-        hit = ((bits >> (rows // G)) & 1) != 0
-        top, total, acc = _fold_page(q, k, v, hit, causal, scale, top, total, acc)
     dims = tl.arange(0, BLOCK_DV)
     place = out_ptr + (tokens.to(tl.int64) * (HKV * G) + heads)[:, None] * DV + dims
     written = valid[:, None] & (dims[None, :] < DV)
+    if GATED:
+        others = tl.load(place, mask=written, other=0.0)
+    for page in tl.range(near, (last + P) // P, num_stages=1):
+        slot = tl.load(slot_table + page)
+        bits = tl.load(near_ptr + line * NEAR + page - near)
+        # Asked for before the product that it is not needed for.
+        v = load_tokens(v_ptr, slot, head, tl.minimum(last + 1 - page * P, P), v_stride_s,
+                        v_stride_h, v_stride_p, P, BP, DV, BLOCK_DV)  # fmt: skip
+        k = load_page(k_source, slot, head, k_stride_s, k_stride_h, k_stride_p,
+                      P, BP, DK, BLOCK_DK, DESCRIPTORS)  # fmt: skip
+        causal = (keys[None, :] < P) & (page * P + keys[None, :] <= positions[:, None])
+        hit = ((bits >> (rows // G)) & 1) != 0
+        top, total, acc = _fold_page(q, k, v, hit, causal, scale, top, total, acc)
     out = normalised(total, acc)
     if GATED:
-        gate = load_gates(
-            gates_ptr, tokens, heads, 1, valid, gate_stride_t, gate_stride_h, gate_stride_c
-        )
-        out = out * gate[:, None]
-        out += tl.load(place, mask=written, other=0.0).to(tl.float32)
+        out = out * gate[:, None] + others.to(tl.float32)
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=written)

@@ -10,7 +10,15 @@ import triton.language as tl
 
 from ..shapes import NSAShape, PagedKV, StepBatch
 from .online_softmax import fold_top, fold_values, normalised
-from .paged_tiles import described, load_gates, load_page, load_queries, page_operand, page_rows
+from .paged_tiles import (
+    described,
+    load_gates,
+    load_page,
+    load_queries,
+    load_tokens,
+    page_operand,
+    page_rows,
+)
 from .query_tiles import locate_tile, num_query_tiles
 from .tuning import Tile, window_tile
 
@@ -46,6 +54,7 @@ def window_pass(
         q,
         page_operand(kv.k, descriptors),
         page_operand(kv.v, descriptors),
+        kv.v,
         batch.slot_table,
         batch.positions,
         batch.cu_seqlens_q,
@@ -73,7 +82,7 @@ def window_pass(
         BM=tile.rows,
         WINDOW=nsa.window,
         GATED=gate_logits is not None,
-        COMPRESSED=out_compressed is not None,
+        COMPRESSED=gate_logits is not None and out_compressed is not None,
         DESCRIPTORS=descriptors,
         STAGES=tile.stages,
         num_warps=tile.warps,
@@ -87,6 +96,7 @@ def _window_kernel(
     q_ptr,
     k_source,
     v_source,
+    v_ptr,
     table_ptr,
     positions_ptr,
     cu_ptr,
@@ -136,7 +146,6 @@ def _window_kernel(
     positions = tl.load(positions_ptr + tokens, mask=valid, other=-1).to(tl.int32)
     first = tl.load(positions_ptr + token0).to(tl.int32)
     last = tl.load(positions_ptr + tl.minimum(token0 + BT, end) - 1).to(tl.int32)
-    q = load_queries(q_ptr, tokens, heads, valid, q_stride_t, q_stride_h, DK, BLOCK_DK)
     keys = tl.arange(0, BP)
     slot_table = table_ptr + row.to(tl.int64) * table_stride
     page0 = tl.maximum(first - (WINDOW - 1), 0) // P
@@ -146,47 +155,49 @@ def _window_kernel(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BLOCK_DV], tl.float32)
     upcoming = tl.load(slot_table + page0, mask=page0 < border, other=0)
+    q = load_queries(q_ptr, tokens, heads, valid, q_stride_t, q_stride_h, DK, BLOCK_DK)
+    if GATED:
+        gate = load_gates(
+            gates_ptr, tokens, heads, 2, valid, gate_stride_t, gate_stride_h, gate_stride_c
+        )
+        other_gate = load_gates(
+            gates_ptr, tokens, heads, 0, valid, gate_stride_t, gate_stride_h, gate_stride_c
+        )
     for page in tl.range(page0, border, num_stages=STAGES):
         # Read one turn ahead: the page's address is known when its own turn comes.
         slot = upcoming
         upcoming = tl.load(slot_table + page + 1, mask=page + 1 < border, other=0)
-        k = load_page(k_source, slot, head, P, k_stride_s, k_stride_h, k_stride_p,
-                      P, BP, DK, BLOCK_DK, True, DESCRIPTORS)  # fmt: skip
+        k = load_page(k_source, slot, head, k_stride_s, k_stride_h, k_stride_p,
+                      P, BP, DK, BLOCK_DK, DESCRIPTORS)  # fmt: skip
         s = tl.dot(q, k.T, input_precision="ieee")  # [BM, BP]
-        # Only the first pages reach out of the window of the last token.
-        if (P != BP) or (page * P <= last - WINDOW):
-            inside = page * P + keys[None, :] > (positions - WINDOW)[:, None]
-            s = tl.where(inside & (keys[None, :] < P), s, float("-inf"))
+        # Only the first pages need it, but with a branch products would no longer overlap.
+        inside = page * P + keys[None, :] > (positions - WINDOW)[:, None]
+        s = tl.where(inside & (keys[None, :] < P), s, float("-inf"))
         p, alpha, top, total = fold_top(s, scale, top, total)
-        v = load_page(v_source, slot, head, P, v_stride_s, v_stride_h, v_stride_p,
-                      P, BP, DV, BLOCK_DV, True, DESCRIPTORS)  # fmt: skip
+        v = load_page(v_source, slot, head, v_stride_s, v_stride_h, v_stride_p,
+                      P, BP, DV, BLOCK_DV, DESCRIPTORS)  # fmt: skip
         acc = fold_values(p, v, alpha, acc)
+    dims_v = tl.arange(0, BLOCK_DV)
+    place = (tokens.to(tl.int64) * (HKV * G) + heads)[:, None] * DV + dims_v
+    written = valid[:, None] & (dims_v[None, :] < DV)
+    if COMPRESSED:
+        other = tl.load(compressed_ptr + place, mask=written, other=0.0)
     for page in tl.range(border, (last + P) // P, num_stages=1):
         slot = tl.load(slot_table + page)
-        limit = tl.minimum(last + 1 - page * P, P)
-        k = load_page(k_source, slot, head, P, k_stride_s, k_stride_h, k_stride_p,
-                      P, BP, DK, BLOCK_DK, True, DESCRIPTORS)  # fmt: skip
+        # Asked for before the product that it is not needed for.
+        v = load_tokens(v_ptr, slot, head, tl.minimum(last + 1 - page * P, P), v_stride_s,
+                        v_stride_h, v_stride_p, P, BP, DV, BLOCK_DV)  # fmt: skip
+        k = load_page(k_source, slot, head, k_stride_s, k_stride_h, k_stride_p,
+                      P, BP, DK, BLOCK_DK, DESCRIPTORS)  # fmt: skip
         s = tl.dot(q, k.T, input_precision="ieee")
         at = page * P + keys[None, :]
         inside = (at <= positions[:, None]) & (at > (positions - WINDOW)[:, None])
         s = tl.where(inside & (keys[None, :] < P), s, float("-inf"))
         p, alpha, top, total = fold_top(s, scale, top, total)
-        v = load_page(v_source, slot, head, limit, v_stride_s, v_stride_h, v_stride_p,
-                      P, BP, DV, BLOCK_DV, False, DESCRIPTORS)  # fmt: skip
         acc = fold_values(p, v, alpha, acc)
-    dims_v = tl.arange(0, BLOCK_DV)
-    place = (tokens.to(tl.int64) * (HKV * G) + heads)[:, None] * DV + dims_v
-    written = valid[:, None] & (dims_v[None, :] < DV)
     out = normalised(total, acc)
     if GATED:
-        gate = load_gates(
-            gates_ptr, tokens, heads, 2, valid, gate_stride_t, gate_stride_h, gate_stride_c
-        )
         out = out * gate[:, None]
-        if COMPRESSED:
-            gate = load_gates(
-                gates_ptr, tokens, heads, 0, valid, gate_stride_t, gate_stride_h, gate_stride_c
-            )
-            other = tl.load(compressed_ptr + place, mask=written, other=0.0).to(tl.float32)
-            out += other * gate[:, None]
+    if COMPRESSED:
+        out += other.to(tl.float32) * other_gate[:, None]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=written)
