@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_serve.kernels import reference
+from nsa_serve.kernels.contracts import ContractError
 from nsa_serve.kernels.gpu.compressed_attention import attend_entries, compressed_attention
 from nsa_serve.kernels.gpu.entry_gather import gather_entries
 from nsa_serve.kernels.gpu.gated_fusion import gated_fusion, sparse_attention
@@ -187,6 +188,14 @@ def test_chunking_a_prompt_does_not_change_a_byte() -> None:
         outs.append((out, selection, fused))
     for one, other in zip(*outs, strict=True):
         assert torch.equal(one[-13:], other)
+
+
+@pytest.mark.parametrize("page", [48, 2048])
+def test_entries_per_page_that_tiles_cannot_hold_are_refused_in_words(page: int) -> None:
+    nsa = NSAShape(page=page)
+    case = make_ragged(PACKED, nsa, [(20, 20)], 0)
+    with pytest.raises(ContractError, match=r"power of two, at most 64.*\(P/d\)"):
+        compressed_attention(case.q, case.compressed, case.batch, nsa=nsa)
 
 
 def test_block_scores_spread_entries_as_the_reference_does() -> None:

@@ -21,6 +21,8 @@ Tensor = torch.Tensor
 
 # Steps with at most this many queries a row take the kernels that split the context.
 MAX_DECODE_QUERIES = 8
+# Tiles of entries hold whole pages.
+MAX_PAGE_ENTRIES = 64
 
 
 def compressed_attention(
@@ -122,12 +124,18 @@ def _kv_heads(entries: Entries, batch: StepBatch) -> int:
 
 
 def _check(q: Tensor, compressed: CompressedKV, batch: StepBatch, nsa: NSAShape) -> None:
+    entries = nsa.entries_per_page
+    check(
+        entries <= MAX_PAGE_ENTRIES and entries.bit_count() == 1,
+        "Triton kernels need a power of two, at most 64, of compressed entries per page (P/d)",
+        nsa=nsa,
+    )
     check(q.ndim == 3 and q.stride(2) == 1, "q must be [T, Hq, Dk] with unit last stride", q=q)
     check(q.shape[0] == batch.num_tokens, "q and the batch differ in tokens", q=q)
     check(q.shape[2] == compressed.k.shape[3], "q and keys differ in Dk", q=q, k=compressed.k)
     check(q.shape[1] % compressed.k.shape[1] == 0, "Hq is no multiple of Hkv", q=q, k=compressed.k)
     check(
-        compressed.k.shape[2] == nsa.entries_per_page,
+        compressed.k.shape[2] == entries,
         "compressed pages do not hold P/d entries",
         k=compressed.k,
         nsa=nsa,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
 from .online_softmax import fold_hits, fold_values, normalised
 from .page_union import SLOT_BITS, SLOT_MASK, TOKEN_MASK, PageUnion, unite_pages
@@ -66,6 +67,7 @@ def sparse_pass(
     """Attention [T, Hq, Dv] over selected pages; with gates and ``out``: ``out`` + gate x that."""
     num_tokens, num_q_heads, dk = q.shape
     num_kv_heads, dv = kv.v.shape[1], kv.v.shape[3]
+    check(kv.k.shape[0] <= 1 << SLOT_BITS.value, "more pages than listed slots can name", k=kv.k)
     tile = tile or sparse_tile(num_q_heads // num_kv_heads, max(dk, dv))
     union = unite_pages(selection, slots, batch, nsa=nsa, tile_tokens=tile.tokens)
     if out is None:
