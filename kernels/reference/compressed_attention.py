@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..contracts import check
@@ -38,7 +40,7 @@ def compressed_attention(
         nsa=nsa,
     )
     if batch.max_context_len <= nsa.dense_len and not with_output:
-        return None, _every_block(batch.positions, compressed.k.shape[1], nsa)
+        return None, _step_blocks(batch, compressed.k.shape[1], nsa)
     if q.shape[0] == 1 and (position := int(batch.positions[0])) >= 0:
         return _lone_token(q, compressed, batch, position, nsa, with_output)
     tokens, step = short_tokens(batch), _tokens_per_pass(q, batch.max_context_len, nsa)
@@ -64,6 +66,12 @@ def compressed_attention(
 def _tokens_per_pass(q: Tensor, context_len: int, nsa: NSAShape) -> int:
     entries = max(1, nsa.num_visible(context_len - 1))
     return max(1, _SCORE_BUDGET // (q.shape[1] * entries))
+
+
+@lru_cache(maxsize=1)
+def _step_blocks(batch: StepBatch, num_kv_heads: int, nsa: NSAShape) -> Tensor:
+    """``_every_block`` of a step: one tensor for all layers, its reading planned once."""
+    return _every_block(batch.positions, num_kv_heads, nsa)
 
 
 def _every_block(positions: Tensor, num_kv_heads: int, nsa: NSAShape) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 
 from ..contracts import check
@@ -31,44 +34,75 @@ def kv_write(
     check(k.shape[:2] == v.shape[:2], "k and v differ in tokens or heads", k=k, v=v)
     check(k.shape[0] == batch.num_tokens, "k has another number of tokens than the batch", k=k)
     check(kv.k.shape[2] == nsa.page, "the cache has another page size", k=kv.k, P=nsa.page)
-    positions, rows = batch.positions, batch.token_rows.long()
-    real = positions >= 0
-    if not bool(real.all()):
-        k, v, positions, rows = k[real], v[real], positions[real], rows[real]
-    slots, offsets = batch.slot_table[rows, positions // nsa.page].long(), positions % nsa.page
-    kv.k[slots, :, offsets] = k.to(kv.k.dtype)
-    kv.v[slots, :, offsets] = v.to(kv.v.dtype)
-    if compressed is not None:
-        _write_entries(kv, compressed, batch, positions, rows, nsa, compressor)
+    where = _token_places(batch, nsa.page)
+    if where.real is not None:
+        k, v = k[where.real], v[where.real]
+    kv.k[where.slots, :, where.offsets] = k.to(kv.k.dtype)
+    kv.v[where.slots, :, where.offsets] = v.to(kv.v.dtype)
+    if compressed is not None and (entries := _entry_places(batch, nsa)) is not None:
+        _write_entries(kv, compressed, entries, compressor)
 
 
-def _write_entries(
-    kv: PagedKV,
-    compressed: CompressedKV,
-    batch: StepBatch,
-    positions: Tensor,
-    rows: Tensor,
-    nsa: NSAShape,
-    compressor: Compressor,
-) -> None:
-    first = positions + 1 - nsa.compress_len
+@dataclass(frozen=True, slots=True)
+class _TokenPlaces:
+    """Where a step's tokens go: [t] slots and offsets in them."""
+
+    slots: Tensor
+    offsets: Tensor
+    real: Tensor | None  # [T] bool, which tokens those are; None: all
+
+
+@dataclass(frozen=True, slots=True)
+class _EntryPlaces:
+    """The E entries that a step completes: their tokens, and where they go."""
+
+    first_positions: Tensor  # [E]
+    token_slots: Tensor  # [E, l]
+    token_offsets: Tensor  # [E, l]
+    blocks: Tensor  # [E]
+    within: Tensor  # [E], the entry's place in its block
+
+
+# Places depend on the step alone: they are found once for all of its layers.
+@lru_cache(maxsize=1)
+def _token_places(batch: StepBatch, page: int) -> _TokenPlaces:
+    positions, rows, real = batch.positions, batch.token_rows.long(), batch.positions >= 0
+    whole = bool(real.all())
+    if not whole:
+        positions, rows = positions[real], rows[real]
+    slots = batch.slot_table[rows, positions // page].long()
+    return _TokenPlaces(slots, positions % page, None if whole else real)
+
+
+@lru_cache(maxsize=1)
+def _entry_places(batch: StepBatch, nsa: NSAShape) -> _EntryPlaces | None:
+    first = batch.positions + 1 - nsa.compress_len
     completes = (first >= 0) & (first % nsa.compress_stride == 0)
     which = completes.nonzero()[:, 0]
     if which.numel() == 0:
-        return
-    first, rows = first[which], rows[which]
+        return None
+    first, rows = first[which], batch.token_rows.long()[which]
     tokens = first[:, None] + torch.arange(nsa.compress_len, device=first.device)  # [E, l]
-    pages, offsets = tokens // nsa.page, tokens % nsa.page
-    slots = batch.slot_table[rows[:, None], pages].long()
+    pages = tokens // nsa.page
+    page = pages[:, -1]
+    return _EntryPlaces(
+        first_positions=first,
+        token_slots=batch.slot_table[rows[:, None], pages].long(),
+        token_offsets=tokens % nsa.page,
+        blocks=batch.block_table[rows, page].long(),
+        within=first // nsa.compress_stride + nsa.overlap - 1 - page * nsa.entries_per_page,
+    )
+
+
+def _write_entries(
+    kv: PagedKV, compressed: CompressedKV, entries: _EntryPlaces, compressor: Compressor
+) -> None:
+    slots, offsets = entries.token_slots, entries.token_offsets
     entry_k, entry_v = compress(
         kv.k[slots, :, offsets].transpose(1, 2),
         kv.v[slots, :, offsets].transpose(1, 2),
-        first_positions=first,
+        first_positions=entries.first_positions,
         compressor=compressor,
     )
-    page = pages[:, -1]
-    entry = first // nsa.compress_stride
-    within = entry + nsa.overlap - 1 - page * nsa.entries_per_page
-    blocks = batch.block_table[rows, page].long()
-    compressed.k[blocks, :, within] = entry_k.to(compressed.k.dtype)
-    compressed.v[blocks, :, within] = entry_v.to(compressed.v.dtype)
+    compressed.k[entries.blocks, :, entries.within] = entry_k.to(compressed.k.dtype)
+    compressed.v[entries.blocks, :, entries.within] = entry_v.to(compressed.v.dtype)

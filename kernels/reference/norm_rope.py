@@ -19,9 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     check(x.shape[-1] == weight.shape[0], "weight and rows differ in length", x=x, weight=weight)
     if x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight.float(), eps)
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight.to(x.dtype)
+    return F.rms_norm(x, weight.shape, None, eps) * weight.to(x.dtype)
 
 
 def add_rms_norm(
@@ -92,4 +90,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     if gate_up.dtype == torch.float32:
         return F.silu(gate).mul_(up)
-    return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+    return F.silu(gate.float()).mul_(up).to(gate_up.dtype)

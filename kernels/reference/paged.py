@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -81,30 +82,33 @@ def gather_pages(cache: Tensor, slots: Tensor) -> Tensor:
     Each KV head may have its own pages. What stands for a slot of −1 is some other page's bytes:
     the caller masks them.
     """
-    slots = slots.clamp(min=0).long()
-    return _gather(cache, slots, _piece_rows(cache, slots))
+    slots, rows = _places(slots, cache.shape, cache.stride())
+    return _gather(cache, slots, rows)
 
 
 def gather_both(cache: PagedKV | CompressedKV, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of the same pages, as of ``gather_pages``."""
+    return gather_pages(cache.k, slots), gather_pages(cache.v, slots)
+
+
+# The layers' pools are laid out alike, and much of what they read is found once for all of them.
+@lru_cache(maxsize=64)
+def _places(
+    slots: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """``slots`` as indices, and where their pieces [..., Hkv, m] lie.
+
+    That is None unless the pool is a table of pieces of one head and page.
+    """
     slots = slots.clamp(min=0).long()
-    rows = _piece_rows(cache.k, slots)
-    k = _gather(cache.k, slots, rows)
-    if cache.v.shape != cache.k.shape or cache.v.stride() != cache.k.stride():
-        rows = _piece_rows(cache.v, slots)
-    return k, _gather(cache.v, slots, rows)
-
-
-def _piece_rows(cache: Tensor, slots: Tensor) -> Tensor | None:
-    """Where the pieces [..., Hkv, m] lie, if the pool is a table of pieces of one head and page."""
-    _, heads, rows, dim = cache.shape
-    by_slot, by_head, by_row, by_element = cache.stride()
+    _, heads, rows, dim = shape
+    by_slot, by_head, by_row, by_element = stride
     piece = rows * dim
     if by_element != 1 or by_row != dim or by_slot % piece or by_head % piece:
-        return None
+        return slots, None
     step = max(1, by_head // piece)
-    of_head = torch.arange(0, heads * step, step, device=cache.device)[:, None]
-    return slots * (by_slot // piece) + of_head
+    of_head = torch.arange(0, heads * step, step, device=slots.device)[:, None]
+    return slots, slots * (by_slot // piece) + of_head
 
 
 def _gather(cache: Tensor, slots: Tensor, piece_rows: Tensor | None) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
 from .dense_attention import attend_prefix
 from .paged import QueryTile, check_queries, gather_both, long_rows, short_tokens
-from .softmax_attention import attend_pages, attend_tile
+from .softmax_attention import PageRead, attend_pages, attend_tile, page_reads
 
 Tensor = torch.Tensor
 
@@ -59,9 +61,21 @@ def _by_token(
     positions: Tensor,
     rows: Tensor,
 ) -> Tensor:
+    page = kv.k.shape[2]
     if slots is None:
-        slots = batch.slot_table[rows.long()[:, None, None], selection.clamp(min=0).long()]
-    return attend_pages(q, kv, selection, slots, positions)
+        reads = _table_reads(batch, selection, positions, rows, page)
+    else:
+        reads = page_reads(selection, slots, positions, None, page)
+    return attend_pages(q, kv, reads)
+
+
+@lru_cache(maxsize=1)
+def _table_reads(
+    batch: StepBatch, selection: Tensor, positions: Tensor, rows: Tensor, page: int
+) -> tuple[PageRead, ...]:
+    """Found once for all layers where they share a selection: one of every block."""
+    slots = batch.slot_table[rows.long()[:, None, None], selection.clamp(min=0).long()]
+    return page_reads(selection, slots, positions, None, page)
 
 
 def _attend_row(

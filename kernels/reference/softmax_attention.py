@@ -6,7 +6,8 @@ is faster too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 
 import torch
@@ -51,35 +52,57 @@ def causal_bias(queries: range, keys: range, window: int | None, device: torch.d
     return bias
 
 
-def attend_pages(
-    q: Tensor,
-    kv: PagedKV,
-    pages: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    first_keys: Tensor | None = None,
-) -> Tensor:
-    """Attention of each token of ``q`` [t, Hq, Dk] over its own pages: [t, Hq, Dv].
+@dataclass(frozen=True, slots=True)
+class PageRead:
+    """What one token reads: the pages that hold its keys, and which of the gathered keys it sees.
 
-    ``pages`` [t, Hkv or 1, m] are page indices within the request, ascending, then −1, and
-    ``slots`` of the same shape say where they are. Keys after the token's own position [t] are
-    masked, and those before ``first_keys`` [t]. A token without keys, such as padding, gets 0.
-
-    Token by token, because what one token reads fits the CPU's cache and needs no mask: several
-    times as fast as one masked pass over all of them.
+    ``keys`` None: the heads see different keys, so ``pages`` [1, Hkv or 1, m], the token's
+    ``position`` [1] and ``first_key`` [1] say what is masked.
     """
-    out = q.new_zeros(q.shape[0], q.shape[1], kv.v.shape[3])
-    page = kv.k.shape[2]
+
+    slots: Tensor  # [Hkv or 1, m], or [1, Hkv or 1, m] where keys is None
+    keys: slice | None
+    pages: Tensor
+    position: Tensor
+    first_key: Tensor | None
+
+
+def page_reads(
+    pages: Tensor, slots: Tensor, positions: Tensor, first_keys: Tensor | None, page: int
+) -> tuple[PageRead, ...]:
+    """What each of t tokens reads of its own ``pages`` [t, Hkv or 1, m], for ``attend_pages``.
+
+    ``pages`` are page indices within the request, ascending, then −1, and ``slots`` of the same
+    shape say where they are. Keys after the token's own position [t] are not seen, nor those
+    before ``first_keys`` [t].
+    """
+    reads = []
     for token, run in enumerate(_visible_runs(pages, positions, first_keys, page)):
         own = slice(token, token + 1)
-        if run is None:
-            first = None if first_keys is None else first_keys[own]
-            out[own] = _attend_masked(q[own], kv, pages[own], slots[own], positions[own], first)
-        elif run:
-            k, v = gather_both(kv, slots[token, :, : -(-run.stop // page)])
-            keys = slice(run.start, run.stop)
-            out[own] = attend_tile(q[own], k[:, keys], v[:, keys], None)
-    return out
+        where = slots[own] if run is None else slots[token, :, : -(-run.stop // page)]
+        keys = None if run is None else slice(run.start, run.stop)
+        first_key = None if first_keys is None else first_keys[own]
+        reads.append(PageRead(where, keys, pages[own], positions[own], first_key))
+    return tuple(reads)
+
+
+def attend_pages(q: Tensor, kv: PagedKV, reads: Sequence[PageRead]) -> Tensor:
+    """Attention of each token of ``q`` [t, Hq, Dk] over what it reads: [t, Hq, Dv].
+
+    A token without keys, such as padding, gets 0. Token by token, because what one token reads
+    fits the CPU's cache and needs no mask: several times as fast as one masked pass over all.
+    """
+    attended = [_attend_read(q[at : at + 1], kv, read) for at, read in enumerate(reads)]
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+def _attend_read(q: Tensor, kv: PagedKV, read: PageRead) -> Tensor:
+    if read.keys is None:
+        return _attend_masked(q, kv, read)
+    if read.keys.stop == 0:
+        return q.new_zeros(1, q.shape[1], kv.v.shape[3])
+    k, v = gather_both(kv, read.slots)
+    return attend_tile(q, k[:, read.keys], v[:, read.keys], None)
 
 
 def _visible_runs(
@@ -99,14 +122,8 @@ def _visible_runs(
             yield None
 
 
-def _attend_masked(
-    q: Tensor,
-    kv: PagedKV,
-    pages: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    first_keys: Tensor | None,
-) -> Tensor:
+def _attend_masked(q: Tensor, kv: PagedKV, read: PageRead) -> Tensor:
+    pages, positions, first_keys = read.pages, read.position, read.first_key
     tokens, heads, dim = q.shape
     num_kv_heads, page = kv.k.shape[1:3]
     keys = pages[..., None] * page + torch.arange(page, device=q.device)
@@ -114,7 +131,7 @@ def _attend_masked(
     if first_keys is not None:
         hidden |= keys < first_keys[:, None, None, None]
     hidden = hidden.flatten(2)  # [t, Hkv or 1, m·P]
-    k, v = gather_both(kv, slots)
+    k, v = gather_both(kv, read.slots)
     # Masked keys too: a bias of −inf does not hide the NaN of unwritten memory.
     k = k.float().masked_fill_(hidden[..., None], 0)
     v = v.float().masked_fill_(hidden[..., None], 0)
