@@ -38,7 +38,7 @@ class CompressedTiles:
     query_rows: int = 64  # tokens × heads of one program, where a row has several tokens
     max_programs: int = 4096  # beyond these a program takes several rows in turn
     select_blocks: int = 4096  # blocks ranked by one program
-    select_warps: int = 8
+    select_warps: int = 4
     merge_heads: int = 4
     scratch_bytes: int = 512 << 20
 
@@ -295,7 +295,6 @@ def _launch_selection(
 ) -> None:
     group, n = plan.hq // plan.hkv, nsa.num_selected
     merge_heads = min(tiles.merge_heads, triton.next_power_of_2(group))
-    score_heads = max(1, 2048 * tiles.select_warps // plan.chunk)
     parts = plan.chunks + (0 if out is None else triton.cdiv(group, merge_heads))
     n_pad = triton.next_power_of_2(n)
     select_and_merge[parts, plan.hkv, last - first](
@@ -308,8 +307,8 @@ def _launch_selection(
         SELECTED=n, SELECTED_PAD=n_pad, INITIAL=nsa.num_initial, LOCAL=nsa.num_local,
         MIN_SPLIT=tiles.min_split, SPREAD=tiles.spread, SPLITS=plan.splits,
         SPLITS_PAD=triton.next_power_of_2(plan.splits), CHUNK=plan.chunk, CHUNKS=plan.chunks,
-        SCORE_HEADS=min(score_heads, triton.next_power_of_2(group)), MERGE_HEADS=merge_heads,
-        num_warps=tiles.select_warps,
+        SCORES=1024 * tiles.select_warps, GROUP_PAD=triton.next_power_of_2(group),
+        MERGE_HEADS=merge_heads, num_warps=tiles.select_warps, maxnreg=128,
     )  # fmt: skip
     if plan.chunks > 1:
         candidates = plan.chunks * n

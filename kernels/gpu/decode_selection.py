@@ -72,7 +72,6 @@ def _block_keys(
     HKV: tl.constexpr,
     INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
-    SELECTED: tl.constexpr,
     HEADS: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
@@ -80,28 +79,91 @@ def _block_keys(
     """Rank keys of blocks: the bits of the group's score, the largest int where forced, else -1."""
     GROUP: tl.constexpr = HQ // HKV
     score = tl.zeros(blocks.shape, tl.float32)
-    if current + 1 > SELECTED:
-        for first in tl.static_range(0, GROUP, HEADS):
-            in_group = first + tl.arange(0, HEADS)
-            live = in_group < GROUP
-            at = scratch_token.to(tl.int64) * HQ + head * GROUP + in_group
-            log_total = log_sum(max_ptr, sum_ptr, at, live, num_splits, SPLITS, SPLITS_PAD)
-            where = at[:, None] * num_pages + blocks[None, :]
-            own = tl.load(
-                own_ptr + where,
-                mask=live[:, None] & (blocks < scored_pages)[None, :],
-                other=float("-inf"),
-            )
-            following = tl.load(
-                prev_ptr + where + 1,
-                mask=live[:, None] & (blocks + 1 < scored_pages)[None, :],
-                other=float("-inf"),
-            )
-            share = tl.exp2(own - log_total[:, None]) + tl.exp2(following - log_total[:, None])
-            score += tl.sum(share, 0)
+    for first in tl.range(0, GROUP, HEADS, loop_unroll_factor=4):
+        in_group = first + tl.arange(0, HEADS)
+        live = in_group < GROUP
+        at = scratch_token.to(tl.int64) * HQ + head * GROUP + in_group
+        log_total = log_sum(max_ptr, sum_ptr, at, live, num_splits, SPLITS, SPLITS_PAD)
+        where = at[:, None] * num_pages + blocks[None, :]
+        own = tl.load(
+            own_ptr + where,
+            mask=live[:, None] & (blocks < scored_pages)[None, :],
+            other=float("-inf"),
+        )
+        following = tl.load(
+            prev_ptr + where + 1,
+            mask=live[:, None] & (blocks + 1 < scored_pages)[None, :],
+            other=float("-inf"),
+        )
+        share = tl.exp2(own - log_total[:, None]) + tl.exp2(following - log_total[:, None])
+        score += tl.sum(share, 0)
     forced = (blocks < INITIAL) | (blocks > current - LOCAL)
     key = tl.where(forced, 0x7FFFFFFF, score.to(tl.int32, bitcast=True))
     return tl.where(blocks <= current, key, -1)
+
+
+@triton.jit
+def _list_blocks(
+    to,
+    key_to,
+    count,
+    first,
+    SELECTED: tl.constexpr,
+    SELECTED_PAD: tl.constexpr,
+    WITH_KEYS: tl.constexpr,
+):
+    """Answer the ``count`` blocks from ``first`` on, all of them above every score."""
+    places = tl.arange(0, SELECTED_PAD)
+    inside = places < SELECTED
+    tl.store(to + places, tl.where(places < count, first + places, -1), mask=inside)
+    if WITH_KEYS:
+        tl.store(key_to + places, tl.where(places < count, 0x7FFFFFFF, -1), mask=inside)
+
+
+@triton.jit
+def _rank_blocks(
+    max_ptr,
+    sum_ptr,
+    own_ptr,
+    prev_ptr,
+    to,
+    key_to,
+    scratch_token,
+    head,
+    first,
+    current,
+    num_splits,
+    scored_pages,
+    num_pages,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    SELECTED: tl.constexpr,
+    SELECTED_PAD: tl.constexpr,
+    SCORES: tl.constexpr,  # of one tile
+    GROUP_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WITH_KEYS: tl.constexpr,
+):
+    """Answer the top n of the BLOCKS blocks from ``first`` on."""
+    MOST: tl.constexpr = SCORES // BLOCKS if SCORES > BLOCKS else 1
+    HEADS: tl.constexpr = MOST if MOST < GROUP_PAD else GROUP_PAD
+    blocks = first + tl.arange(0, BLOCKS)
+    key = _block_keys(
+        max_ptr, sum_ptr, own_ptr, prev_ptr, scratch_token, head, blocks, current, num_splits,
+        scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, HEADS, SPLITS, SPLITS_PAD,
+    )  # fmt: skip
+    taken, rank, count = _top_ranks(key, SELECTED)
+    places = tl.arange(0, SELECTED_PAD)
+    empty = (places >= count) & (places < SELECTED)
+    tl.store(to + rank, blocks, mask=taken)
+    tl.store(to + places, -1, mask=empty)
+    if WITH_KEYS:
+        tl.store(key_to + rank, key, mask=taken)
+        tl.store(key_to + places, -1, mask=empty)
 
 
 @triton.jit(do_not_specialize=["first_token"])
@@ -137,9 +199,13 @@ def select_and_merge(
     SPLITS_PAD: tl.constexpr,
     CHUNK: tl.constexpr,  # blocks
     CHUNKS: tl.constexpr,
-    SCORE_HEADS: tl.constexpr,
+    SCORES: tl.constexpr,  # of one tile
+    GROUP_PAD: tl.constexpr,
     MERGE_HEADS: tl.constexpr,
 ):
+    # Tiles of blocks of three sizes: the chunk follows from a bound, most contexts are far shorter.
+    FEW: tl.constexpr = CHUNK if CHUNK < 128 else 128
+    SOME: tl.constexpr = CHUNK // 4 if CHUNK > 512 else FEW
     part = tl.program_id(0)
     head = tl.program_id(1)
     scratch_token = tl.program_id(2)
@@ -150,41 +216,36 @@ def select_and_merge(
     num_slots = num_entry_slots(context, LEN, STRIDE)
     num_splits = tl.cdiv(num_slots, size_of_split(num_slots, MIN_SPLIT, SPREAD))
     if part < CHUNKS:
-        blocks = part * CHUNK + tl.arange(0, CHUNK)
+        first = part * CHUNK
         current = tl.where(position < 0, -1, position // PAGE)
-        key = _block_keys(
-            max_ptr,
-            sum_ptr,
-            own_ptr,
-            prev_ptr,
-            scratch_token,
-            head,
-            blocks,
-            current,
-            num_splits,
-            tl.cdiv(num_slots, PAGE // STRIDE),
-            num_pages,
-            HQ,
-            HKV,
-            INITIAL,
-            LOCAL,
-            SELECTED,
-            SCORE_HEADS,
-            SPLITS,
-            SPLITS_PAD,
-        )
-        taken, rank, count = _top_ranks(key, SELECTED)
-        places = tl.arange(0, SELECTED_PAD)
-        empty = (places >= count) & (places < SELECTED)
+        scored_pages = tl.cdiv(num_slots, PAGE // STRIDE)
         if CHUNKS == 1:
             to = selection_ptr + (token.to(tl.int64) * HKV + head) * SELECTED
+            key_to = to
         else:
             at = ((scratch_token.to(tl.int64) * HKV + head) * CHUNKS + part) * SELECTED
-            tl.store(key_ptr + at + rank, key, mask=taken)
-            tl.store(key_ptr + at + places, -1, mask=empty)
             to = block_ptr + at
-        tl.store(to + rank, blocks, mask=taken)
-        tl.store(to + places, -1, mask=empty)
+            key_to = key_ptr + at
+        if (current < SELECTED) | (current < first):
+            _list_blocks(to, key_to, current + 1 - first, first, SELECTED, SELECTED_PAD, CHUNKS > 1)
+        elif current - first < FEW:
+            _rank_blocks(
+                max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
+                current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
+                SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, FEW, CHUNKS > 1,
+            )  # fmt: skip
+        elif current - first < SOME:
+            _rank_blocks(
+                max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
+                current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
+                SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, SOME, CHUNKS > 1,
+            )  # fmt: skip
+        else:
+            _rank_blocks(
+                max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
+                current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
+                SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, CHUNK, CHUNKS > 1,
+            )  # fmt: skip
     else:
         in_group = (part - CHUNKS) * MERGE_HEADS + tl.arange(0, MERGE_HEADS)
         live = in_group < HQ // HKV
