@@ -36,7 +36,7 @@ class CompressedTiles:
     warps: int = 4
     stages: int = 3
     query_rows: int = 64  # tokens × heads of one program, where a row has several tokens
-    max_programs: int = 4096  # beyond these a program takes several rows in turn
+    max_programs: int = 2048  # beyond these a program takes several splits in turn
     select_blocks: int = 4096  # blocks ranked by one program
     select_warps: int = 4
     merge_heads: int = 4
@@ -96,6 +96,7 @@ def _attend_splits(
     MIN_SPLIT: tl.constexpr,
     SPREAD: tl.constexpr,
     SPLITS: tl.constexpr,
+    BATCH: tl.constexpr,  # rows, padded
     WITH_OUTPUT: tl.constexpr,
 ):
     GROUP: tl.constexpr = HQ // HKV
@@ -105,14 +106,25 @@ def _attend_splits(
     # Heads vary fastest: neighbouring programs read neighbouring runs of the same blocks.
     head = tl.program_id(0) % HKV
     token_tile = tl.program_id(0) // HKV
-    split = tl.program_id(1)
+    # The splits that exist are numbered through all rows: a bound far above them costs nothing.
+    every = tl.arange(0, BATCH)
+    begins = tl.load(cu_seqlens_ptr + every, mask=every < num_rows, other=0)
+    ends = tl.load(cu_seqlens_ptr + every + 1, mask=every < num_rows, other=0)
+    contexts = tl.load(context_lens_ptr + every, mask=every < num_rows, other=0)
+    slots_of_rows = num_entry_slots(contexts, LEN, STRIDE)
+    counts = tl.cdiv(slots_of_rows, size_of_split(slots_of_rows, MIN_SPLIT, SPREAD))
+    here = (begins < ends) & (ends > first_token) & (begins < last_token)
+    counts = tl.where(here, counts, 0)
+    numbered = tl.cumsum(counts, 0)  # splits of the rows up to each
     rows = tl.arange(0, ROWS)
     dk = tl.arange(0, DK_PAD)
     dv = tl.arange(0, DV_PAD)
     slot_in_page = tl.arange(0, PER_PAGE)
     own_weight = tl.minimum(slot_in_page + 1, OVERLAP).to(tl.float32)
     prev_weight = tl.maximum(OVERLAP - 1 - slot_in_page, 0).to(tl.float32)
-    for row in range(tl.program_id(2), num_rows, tl.num_programs(2)):
+    for item in range(tl.program_id(1), tl.sum(counts, 0), tl.num_programs(1)):
+        row = tl.sum((numbered <= item).to(tl.int32), 0)
+        split = item - tl.sum(tl.where(every < row, counts, 0), 0)
         row_first = tl.load(cu_seqlens_ptr + row)
         row_last = tl.load(cu_seqlens_ptr + row + 1)
         num_slots = num_entry_slots(tl.load(context_lens_ptr + row), LEN, STRIDE)
@@ -122,7 +134,7 @@ def _attend_splits(
         tokens = row_first + token_tile * TOKENS + rows // GROUP
         live = (rows < TOKENS * GROUP) & (tokens < row_last)
         live &= (tokens >= first_token) & (tokens < last_token)
-        if (begin < end) & (tl.sum(live.to(tl.int32), 0) > 0):
+        if tl.sum(live.to(tl.int32), 0) > 0:
             heads = head * GROUP + rows % GROUP
             position = tl.load(positions_ptr + tokens, mask=live, other=-1).to(tl.int32)
             last_slot = num_entry_slots(position + 1, LEN, STRIDE)  # [ROWS]
@@ -140,7 +152,7 @@ def _attend_splits(
             acc = tl.zeros([ROWS, DV_PAD], tl.float32)
             k_head = k_ptr + head * stride_kh
             v_head = v_ptr + head * stride_vh
-            table = block_table_ptr + row * stride_table
+            table = block_table_ptr + row.to(tl.int64) * stride_table
             # Block ids are loaded one turn ahead by hand: the pipeliner would spend a stage of
             # buffers on them.
             slots = begin + tl.arange(0, ENTRIES)
@@ -264,9 +276,8 @@ def _launch_splits(
     across = plan.hkv * triton.cdiv(batch.max_query_len, tokens)
     dk_pad, dv_pad = triton.next_power_of_2(dk), triton.next_power_of_2(plan.dv)
     entries = max(tiles.entries, nsa.entries_per_page)
-    turns = triton.cdiv(batch.num_rows * across * plan.splits, tiles.max_programs)
-    grid = (across, plan.splits, triton.cdiv(batch.num_rows, turns))
-    _attend_splits[grid](
+    programs = min(batch.num_rows * plan.splits, max(1, tiles.max_programs // across))
+    _attend_splits[across, programs](
         q, k, v, batch.positions, batch.cu_seqlens_q, batch.context_lens, batch.block_table,
         scratch.top, scratch.total, scratch.acc, scratch.own, scratch.prev,
         batch.num_rows, first, last, plan.pages, LOG2_E / dk**0.5,
@@ -276,7 +287,8 @@ def _launch_splits(
         ROWS=max(16, triton.next_power_of_2(tokens * group)),
         LEN=nsa.compress_len, STRIDE=nsa.compress_stride, PAGE=nsa.page, SELECTED=nsa.num_selected,
         ENTRIES=entries, MIN_SPLIT=tiles.min_split,
-        SPREAD=tiles.spread, SPLITS=plan.splits, WITH_OUTPUT=with_output,
+        SPREAD=tiles.spread, SPLITS=plan.splits,
+        BATCH=max(32, triton.next_power_of_2(batch.num_rows)), WITH_OUTPUT=with_output,
         num_warps=tiles.warps,
         num_stages=fitting_stages(tiles.stages, entries * (dk_pad + dv_pad) * k.element_size()),
     )  # fmt: skip
