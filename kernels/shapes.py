@@ -11,6 +11,9 @@ from .contracts import check
 
 Tensor = torch.Tensor
 
+# Tokens of a row in a decode step: one, or more under speculation.
+MAX_DECODE_QUERIES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class NSAShape:
@@ -158,6 +161,14 @@ class StepBatch:
     max_context_len: int  # the longest context of a row
     # (tokens, context) of each row, where the host knows them for good: not in a captured step
     row_lens: tuple[tuple[int, int], ...] | None = None
+    # Every token by the same kernels, whatever else is in the step: its bytes then depend on its
+    # request alone. Rows of few tokens are slower for it.
+    uniform: bool = False
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the step is for kernels that split contexts: each row has few tokens."""
+        return self.max_query_len <= MAX_DECODE_QUERIES and not self.uniform
 
     @property
     def num_tokens(self) -> int:

@@ -34,20 +34,28 @@ def random_prompts(count, longest, seed):
     return [[rng.randrange(100, 49_000) for _ in range(length)] for length in lengths]
 
 
+def prompt_logprobs(llm, prompts):
+    """Log-probabilities of every prompt token but the first, all prompts in one row."""
+    asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    results = llm.generate(prompts, asked)
+    return torch.tensor([entry.logprob for r in results for entry in r.prompt_logprobs[1:]])
+
+
 @pytest.mark.parametrize("attention", ["dense", "nsa"])
-def test_prompt_logprobs_are_the_cpus_within_bf16_rounding(attention, encode):
+def test_prompt_logprobs_are_as_near_to_fp32_as_a_cpus_in_bf16(attention, encode):
     prompts = [encode(needle.prompt) for needle in needles(1000, encode)][:2]
     prompts += [prompts[0][:1], prompts[0][:65], prompts[1][:511]]
-    asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    ours = engine(attention=attention).generate(prompts, asked)
-    cpu = LLM(device="cpu", dtype="float32", attention=attention, kv_cache_memory_bytes=1 << 29)
-    theirs = cpu.generate(prompts, asked)
-    for got, expected in zip(ours, theirs, strict=True):
-        a = torch.tensor([entry.logprob for entry in got.prompt_logprobs[1:]])
-        b = torch.tensor([entry.logprob for entry in expected.prompt_logprobs[1:]])
-        if len(a):
-            assert (a - b).abs().mean() < 0.05
-            assert (a.mean() - b.mean()).abs() < 0.02
+    found = {
+        (device, dtype): prompt_logprobs(
+            LLM(device=device, dtype=dtype, attention=attention, kv_cache_memory_bytes=1 << 29),
+            prompts,
+        )
+        for device, dtype in (("cuda", "bfloat16"), ("cpu", "bfloat16"), ("cpu", "float32"))
+    }
+    exact = found["cpu", "float32"]
+    ours = (found["cuda", "bfloat16"] - exact).abs().mean()
+    cpus = (found["cpu", "bfloat16"] - exact).abs().mean()
+    assert ours < 1.25 * cpus + 1e-3, (ours, cpus)
 
 
 def num_found(llm, trials, encode):
@@ -73,7 +81,7 @@ def test_at_4k_blocks_chosen_by_their_true_mass_find_every_number(encode):
 @pytest.mark.parametrize("attention", ["dense", "nsa"])
 def test_deterministic_texts_do_not_depend_on_the_batch_chunks_or_prefix_hits(attention):
     prompts = random_prompts(500, 1500, seed=random.randrange(1 << 30))
-    asked = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    asked = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     together = engine(attention=attention, deterministic=True)
     batched = [result.token_ids for result in together.generate(prompts, asked)]
     hits = [result.token_ids for result in together.generate(prompts[:50], asked)]
@@ -90,11 +98,8 @@ def test_deterministic_texts_do_not_depend_on_the_batch_chunks_or_prefix_hits(at
 
 def test_nsa_equals_dense_up_to_the_length_where_all_blocks_are_selected():
     prompts = random_prompts(6, 1000, seed=random.randrange(1 << 30))
-    asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     sparse, dense = (
-        engine(attention=mode, dtype="float32").generate(prompts, asked)
+        prompt_logprobs(engine(attention=mode, dtype="float32"), prompts)
         for mode in ("nsa", "dense")
     )
-    for a, b in zip(sparse, dense, strict=True):
-        got, expected = (torch.tensor([e.logprob for e in r.prompt_logprobs[1:]]) for r in (a, b))
-        torch.testing.assert_close(got, expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(sparse, dense, atol=2e-3, rtol=0)

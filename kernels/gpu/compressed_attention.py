@@ -19,8 +19,6 @@ from .tuning import Tile, attend_tile
 
 Tensor = torch.Tensor
 
-# Steps with at most this many queries a row take the kernels that split the context.
-MAX_DECODE_QUERIES = 8
 # Tiles of entries hold whole pages.
 MAX_PAGE_ENTRIES = 64
 
@@ -40,7 +38,7 @@ def compressed_attention(
     ``ContractError`` where shapes do not fit.
     """
     _check(q, compressed, batch, nsa)
-    if batch.max_query_len <= MAX_DECODE_QUERIES:
+    if batch.is_short:
         return decode_compressed_attention(q, compressed, batch, nsa=nsa, with_output=with_output)
     return prefill_compressed_attention(q, compressed, batch, nsa=nsa, with_output=with_output)
 
@@ -209,30 +207,25 @@ def _attend_kernel(
     top = tl.full([BM], -1.0e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BLOCK_DV], tl.float32)
-    k = load_entries(k_source, row_table, row, head, 0, most, k_stride_b, k_stride_h,
-                     k_stride_e, HKV, BN, DK, BLOCK_DK, E, OV, PAGED)  # fmt: skip
-    s = tl.dot(q, k.T, input_precision="ieee")
-    # A turn ends with the next product: the keys after those are fetched during the exponentials.
     for first in tl.range(0, full, BN, num_stages=STAGES):
-        p, alpha, top, total = fold_top(s, scale, top, total)
-        if WITH_OUTPUT:
-            v = load_entries(v_source, row_table, row, head, first, most, v_stride_b, v_stride_h,
-                             v_stride_e, HKV, BN, DV, BLOCK_DV, E, OV, PAGED)  # fmt: skip
-            acc = fold_values(p, v, alpha, acc)
-        k = load_entries(k_source, row_table, row, head, first + BN, most, k_stride_b, k_stride_h,
+        k = load_entries(k_source, row_table, row, head, first, full, k_stride_b, k_stride_h,
                          k_stride_e, HKV, BN, DK, BLOCK_DK, E, OV, PAGED)  # fmt: skip
         s = tl.dot(q, k.T, input_precision="ieee")
-    # The last turn multiplies keys that nobody sees: cheaper than a branch.
-    for first in tl.range(full, most, BN, num_stages=STAGES):
+        p, alpha, top, total = fold_top(s, scale, top, total)
+        if WITH_OUTPUT:
+            v = load_entries(v_source, row_table, row, head, first, full, v_stride_b, v_stride_h,
+                             v_stride_e, HKV, BN, DV, BLOCK_DV, E, OV, PAGED)  # fmt: skip
+            acc = fold_values(p, v, alpha, acc)
+    for first in tl.range(full, most, BN, num_stages=1):
+        k = load_entries(k_source, row_table, row, head, first, most, k_stride_b, k_stride_h,
+                         k_stride_e, HKV, BN, DK, BLOCK_DK, E, OV, PAGED)  # fmt: skip
+        s = tl.dot(q, k.T, input_precision="ieee")
         s = tl.where(first + tl.arange(0, BN)[None, :] < visible[:, None], s, float("-inf"))
         p, alpha, top, total = fold_top(s, scale, top, total)
         if WITH_OUTPUT:
             v = load_entries(v_source, row_table, row, head, first, most, v_stride_b, v_stride_h,
                              v_stride_e, HKV, BN, DV, BLOCK_DV, E, OV, PAGED)  # fmt: skip
             acc = fold_values(p, v, alpha, acc)
-        k = load_entries(k_source, row_table, row, head, first + BN, most, k_stride_b, k_stride_h,
-                         k_stride_e, HKV, BN, DK, BLOCK_DK, E, OV, PAGED)  # fmt: skip
-        s = tl.dot(q, k.T, input_precision="ieee")
     seen = total > 0.0
     index = tokens.to(tl.int64) * (HKV * G) + heads
     lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), 0.0)

@@ -17,9 +17,6 @@ from .varlen_prefill import attend_varlen, find_xformers, serves
 
 Tensor = torch.Tensor
 
-# Steps with at most this many queries a row are all split over the context.
-MAX_DECODE_QUERIES = 8
-
 
 def dense_attention(q: Tensor, kv: PagedKV, batch: StepBatch) -> Tensor:
     """Causal attention of ``q`` [T, Hq, Dk] over all cached tokens of its row: [T, Hq, Dv].
@@ -32,17 +29,20 @@ def dense_attention(q: Tensor, kv: PagedKV, batch: StepBatch) -> Tensor:
     check(q.shape[2] == kv.k.shape[3], "q and keys differ in Dk", q=q, k=kv.k)
     check(q.shape[1] % kv.k.shape[1] == 0, "Hq is no multiple of Hkv", q=q, k=kv.k)
     out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
-    decoding = batch.max_query_len <= MAX_DECODE_QUERIES
-    longest = batch.max_query_len if decoding else 1
-    if decoding or batch.num_rows > 1:
-        attend_short_rows(q, kv, batch, out, longest=longest)
-    if not decoding:
-        _attend_prompts(q, kv, batch, out)
+    if batch.uniform:
+        attend_long_rows(q, kv, batch, out, shortest=1)
+    elif batch.is_short:
+        attend_short_rows(q, kv, batch, out, longest=batch.max_query_len)
+    else:
+        _attend_mixed(q, kv, batch, out)
     return out
 
 
-def _attend_prompts(q: Tensor, kv: PagedKV, batch: StepBatch, out: Tensor) -> None:
-    shortest = 2 if batch.num_rows > 1 else 1
+def _attend_mixed(q: Tensor, kv: PagedKV, batch: StepBatch, out: Tensor) -> None:
+    shortest = 1
+    if batch.num_rows > 1:
+        attend_short_rows(q, kv, batch, out, longest=1)
+        shortest = 2
     varlen = find_xformers() if serves(q, kv, batch) else None
     if varlen is None:
         attend_long_rows(q, kv, batch, out, shortest=shortest)

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
-from .compressed_attention import MAX_DECODE_QUERIES
 from .decode_sparse import decode_sparse_attention
 from .paged_tiles import check_sparse
 from .sparse_pass import fused_pass, sparse_pass
@@ -65,7 +64,7 @@ def sparse_attention(
     gates (0, 1, 0): the selected branch alone. Raises ``ContractError`` where shapes do not fit.
     """
     check_sparse(q, kv, batch, nsa)
-    if batch.max_query_len <= MAX_DECODE_QUERIES:
+    if batch.is_short:
         return decode_sparse_attention(
             q, kv, selection, out_compressed, gate_logits, batch, nsa=nsa, slots=slots
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..shapes import NSAShape, PagedKV, StepBatch
-from .compressed_attention import MAX_DECODE_QUERIES
 from .decode_sparse import decode_sparse_attention
 from .paged_tiles import check_sparse
 from .sparse_pass import sparse_pass
@@ -29,6 +28,6 @@ def selected_attention(
     Raises ``ContractError`` where shapes do not fit.
     """
     check_sparse(q, kv, batch, nsa)
-    if batch.max_query_len <= MAX_DECODE_QUERIES:
+    if batch.is_short:
         return decode_sparse_attention(q, kv, selection, None, None, batch, nsa=nsa, slots=slots)
     return sparse_pass(q, kv, selection, batch, nsa=nsa, slots=slots)

@@ -44,9 +44,16 @@ class StepBuffers:
     """
 
     def __init__(
-        self, pool: DevicePool, *, max_rows: int, max_tokens: int, max_model_len: int
+        self,
+        pool: DevicePool,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        max_model_len: int,
+        uniform: bool = False,
     ) -> None:
         self.pool = pool
+        self.uniform = uniform
         self.max_rows = max_rows
         self.max_model_len = max_model_len
         self.num_columns = pool.layout.num_pages(max_model_len)
@@ -141,6 +148,7 @@ class StepBuffers:
             max_query_len=shape.max_query_len,
             max_context_len=context,
             row_lens=None if whole_table else shape.row_lens,
+            uniform=self.uniform,
         )
         return StepInputs(
             token_ids, batch, self.pool.kv, self.pool.compressed, fields["logits_index"]

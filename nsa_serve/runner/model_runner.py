@@ -81,11 +81,16 @@ class ModelRunner:
         max_tokens: int,
         max_model_len: int,
         use_graphs: bool,
+        uniform: bool = False,
     ) -> None:
         self.model = model
         self.pool = pool
         self.buffers = StepBuffers(
-            pool, max_rows=max_rows, max_tokens=max_tokens, max_model_len=max_model_len
+            pool,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            max_model_len=max_model_len,
+            uniform=uniform,
         )
         self.sampler = Sampler(
             vocab_size, max_rows=max_rows, eos_token_ids=eos_token_ids, device=pool.device

@@ -175,7 +175,10 @@ class Worker:
     def _build_runner(
         self, pool: DevicePool, max_model_len: int, *, use_graphs: bool = True
     ) -> ModelRunner:
-        eager = self.config.graph.enforce_eager or self.device.type != "cuda"
+        graph = self.config.graph
+        # The kernels that treat all tokens alike gather whole contexts, for which a graph would
+        # have to hold room at the longest one.
+        eager = graph.enforce_eager or graph.deterministic or self.device.type != "cuda"
         return ModelRunner(
             self.model,
             pool,
@@ -185,6 +188,7 @@ class Worker:
             max_tokens=self.token_budget,
             max_model_len=max_model_len,
             use_graphs=use_graphs and not eager,
+            uniform=graph.deterministic,
         )
 
 
