@@ -30,11 +30,12 @@ Tensor = torch.Tensor
 class CompressedTiles:
     """Sizes of the decode kernels. ``min_split`` and ``spread`` fix the split of a context."""
 
-    entries: int = 64  # of a tile of the inner loop
-    min_split: int = 128  # entries; a split is the smallest power of two times this ...
+    tile_bytes: int = 64 << 10  # most of a tile of the inner loop ...
+    entries: int = 128  # ... and most of its entries
+    min_split: int = 256  # entries; a split is the smallest power of two times this ...
     spread: int = 16  # ... whose square is at least spread × the entries of the row
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
     query_rows: int = 64  # tokens × heads of one program, where a row has several tokens
     max_programs: int = 2048  # beyond these a program takes several splits in turn
     select_blocks: int = 4096  # blocks ranked by one program
@@ -275,7 +276,9 @@ def _launch_splits(
     tokens = min(batch.max_query_len, max(1, tiles.query_rows // group))
     across = plan.hkv * triton.cdiv(batch.max_query_len, tokens)
     dk_pad, dv_pad = triton.next_power_of_2(dk), triton.next_power_of_2(plan.dv)
-    entries = max(tiles.entries, nsa.entries_per_page)
+    entry_bytes = (dk_pad + dv_pad) * k.element_size()
+    entries = min(tiles.entries, max(16, tiles.tile_bytes // entry_bytes))
+    entries = max(entries, nsa.entries_per_page)
     programs = min(batch.num_rows * plan.splits, max(1, tiles.max_programs // across))
     _attend_splits[across, programs](
         q, k, v, batch.positions, batch.cu_seqlens_q, batch.context_lens, batch.block_table,
@@ -290,7 +293,7 @@ def _launch_splits(
         SPREAD=tiles.spread, SPLITS=plan.splits,
         BATCH=max(32, triton.next_power_of_2(batch.num_rows)), WITH_OUTPUT=with_output,
         num_warps=tiles.warps,
-        num_stages=fitting_stages(tiles.stages, entries * (dk_pad + dv_pad) * k.element_size()),
+        num_stages=fitting_stages(tiles.stages, entries * entry_bytes),
     )  # fmt: skip
 
 
