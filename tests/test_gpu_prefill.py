@@ -11,6 +11,7 @@ from torch import Tensor
 from nsa_serve.kernels import reference
 from nsa_serve.kernels.contracts import ContractError
 from nsa_serve.kernels.gpu.compressed_attention import attend_entries, compressed_attention
+from nsa_serve.kernels.gpu.dense_attention import dense_attention
 from nsa_serve.kernels.gpu.entry_gather import gather_entries
 from nsa_serve.kernels.gpu.gated_fusion import gated_fusion, sparse_attention
 from nsa_serve.kernels.gpu.score_pass import select_from_entries
@@ -175,19 +176,22 @@ def test_a_smaller_scratch_gives_the_same_selection() -> None:
     assert torch.equal(wide, narrow)
 
 
-def test_chunking_a_prompt_does_not_change_a_byte() -> None:
+@pytest.mark.parametrize("new", [13, 5, 1])
+def test_chunking_a_prompt_does_not_change_a_byte_of_a_uniform_step(new: int) -> None:
     heads, nsa = PACKED, SHAPES[3]
     length = nsa.dense_len + nsa.page + 5
-    whole, late = (make_ragged(heads, nsa, [(length, new)], 3) for new in (24, 13))
+    whole, late = (make_ragged(heads, nsa, [(length, count)], 3) for count in (24, new))
     gates = torch.randn(24, heads.num_q, 3)
     outs = []
     for case in (whole, late):
+        batch = replace(case.batch, uniform=True)
         q, tail = whole.q[-case.num_real :], gates[-case.num_real :]
-        out, selection = compressed_attention(q, whole.compressed, case.batch, nsa=nsa)
-        fused = sparse_attention(q, whole.kv, selection, out, tail, case.batch, nsa=nsa)
-        outs.append((out, selection, fused))
+        out, selection = compressed_attention(q, whole.compressed, batch, nsa=nsa)
+        fused = sparse_attention(q, whole.kv, selection, out, tail, batch, nsa=nsa)
+        dense = dense_attention(q, whole.kv, batch)
+        outs.append((out, selection, fused, dense))
     for one, other in zip(*outs, strict=True):
-        assert torch.equal(one[-13:], other)
+        assert torch.equal(one[-new:], other)
 
 
 @pytest.mark.parametrize("page", [48, 2048])
