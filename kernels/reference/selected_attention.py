@@ -15,7 +15,7 @@ from .softmax_attention import PageRead, attend_pages, attend_tile, page_reads
 Tensor = torch.Tensor
 
 # Larger tiles share more loads and read more blocks that few of their tokens chose.
-_TILE = 32
+_TILE = 64
 _MASKED_TILE = 64
 
 

@@ -1,7 +1,7 @@
 """Attention over gathered keys: of a token over its own pages, and of a tile over shared keys.
 
-Everything is computed in fp32, whatever the storage type: on CPUs without bf16 matrix units that
-is faster too.
+Tiles are computed in fp32, whatever the storage type: on CPUs without bf16 matrix units that is
+faster too. One token's attention is bound by reads, and reads keys and values as they are stored.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def attend_tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     num_kv_heads = k.shape[0]
     group = heads // num_kv_heads
     if tokens == 1 and bias is None:
-        queries = q.float().reshape(1, num_kv_heads, group, dim)
-        out = F.scaled_dot_product_attention(queries, k.float()[None], v.float()[None])
+        queries = q.to(k.dtype).reshape(1, num_kv_heads, group, dim)
+        out = F.scaled_dot_product_attention(queries, k[None], v[None])
         return out.reshape(1, heads, -1).to(q.dtype)
     out = F.scaled_dot_product_attention(
         q.float().reshape(tokens, num_kv_heads, group, dim).permute(1, 2, 0, 3),
