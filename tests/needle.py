@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 NUM_TRIALS = 9
-SPEECHES = ("1963-Kennedy-1", "1910-Taft-1")
+SPEECHES = ("1937-Roosevelt-1", "1962-Kennedy-1")
 QUESTION = "What is the secret number of the archive?"
 FACT = "The secret number of the archive is"
 

@@ -58,7 +58,8 @@ def random_gates(tokens: int, heads: int) -> Tensor:
 def assert_near(out: Tensor | None, wanted: Tensor | None) -> None:
     assert out is not None
     assert wanted is not None
-    error = (out.double() - wanted.double()).norm() / wanted.double().norm()
+    # Short contexts have no compressed entry, and outputs of exactly 0.
+    error = (out.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30)
     assert float(error) <= 1e-2  # False for NaN as well
 
 

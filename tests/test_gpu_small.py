@@ -99,7 +99,9 @@ def test_rotated_heads_are_the_references(
         "k_norm": None if norms == "none" else normal(dk, device=device, dtype=dtype, seed=1),
     }
     found = gpu.qkv_norm_rope(qkv, cos, sin, **settings)
-    torch.testing.assert_close(found, reference.qkv_norm_rope(qkv, cos, sin, **settings))
+    # A norm may round its last bit the other way, of which a rotation can leave more than itself.
+    close = {} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 1.6e-2}
+    torch.testing.assert_close(found, reference.qkv_norm_rope(qkv, cos, sin, **settings), **close)
 
 
 # Decodes alone, decodes and a prompt's chunk mixed, one prompt; a page that is no power of two.

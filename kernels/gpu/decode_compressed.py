@@ -39,7 +39,7 @@ class CompressedTiles:
     query_rows: int = 64  # tokens × heads of one program, where a row has several tokens
     max_programs: int = 2048  # beyond these a program takes several splits in turn
     select_blocks: int = 4096  # blocks ranked by one program
-    select_warps: int = 4
+    select_warps: int = 8
     merge_heads: int = 4
     scratch_bytes: int = 512 << 20
 
@@ -277,7 +277,8 @@ def _launch_splits(
     across = plan.hkv * triton.cdiv(batch.max_query_len, tokens)
     dk_pad, dv_pad = triton.next_power_of_2(dk), triton.next_power_of_2(plan.dv)
     entry_bytes = (dk_pad + dv_pad) * k.element_size()
-    entries = min(tiles.entries, max(16, tiles.tile_bytes // entry_bytes))
+    fitting = max(16, tiles.tile_bytes // entry_bytes)
+    entries = min(tiles.entries, 1 << (fitting.bit_length() - 1))  # a power of two
     entries = max(entries, nsa.entries_per_page)
     programs = min(batch.num_rows * plan.splits, max(1, tiles.max_programs // across))
     _attend_splits[across, programs](
@@ -322,8 +323,8 @@ def _launch_selection(
         SELECTED=n, SELECTED_PAD=n_pad, INITIAL=nsa.num_initial, LOCAL=nsa.num_local,
         MIN_SPLIT=tiles.min_split, SPREAD=tiles.spread, SPLITS=plan.splits,
         SPLITS_PAD=triton.next_power_of_2(plan.splits), CHUNK=plan.chunk, CHUNKS=plan.chunks,
-        SCORES=1024 * tiles.select_warps, GROUP_PAD=triton.next_power_of_2(group),
-        MERGE_HEADS=merge_heads, num_warps=tiles.select_warps, maxnreg=128,
+        SCORES=2048 * tiles.select_warps, GROUP_PAD=triton.next_power_of_2(group),
+        MERGE_HEADS=merge_heads, num_warps=tiles.select_warps,
     )  # fmt: skip
     if plan.chunks > 1:
         candidates = plan.chunks * n
