@@ -99,7 +99,9 @@ class Streams:
 
 def our_decode(engine: Engine, num_streams: int, context: int, tokens: int) -> list[float]:
     """Milliseconds of each decode step of ``num_streams`` requests at ``context`` tokens."""
-    streams = Streams(engine, [prompt(context, i) for i in range(num_streams)], tokens + WARMUP + 1)
+    # The first streams decode while the last prefill, and all must last to the end.
+    max_tokens = tokens + WARMUP + num_streams + 1
+    streams = Streams(engine, [prompt(context, i) for i in range(num_streams)], max_tokens)
     streams.prefill()
     samples = []
     for i in range(tokens + WARMUP):
@@ -107,6 +109,7 @@ def our_decode(engine: Engine, num_streams: int, context: int, tokens: int) -> l
         streams.step()
         if i >= WARMUP:
             samples.append(1e3 * (time.perf_counter() - start))
+    assert len(streams.open) == num_streams, "a stream ended while it was timed"
     streams.finish()
     return samples
 
