@@ -21,6 +21,8 @@ from tests.needle import NUM_TRIALS, Needle, needles
 from tests.server_process import running
 from tests.true_mass import TrueMassOps
 
+# Minutes of computing on one core, for which the limit of other tests is too tight.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 MODEL = "smollm2-135m-instruct"
 CHUNK = 1024  # tokens of a step: prompts come in several chunks, at borders of their own
 FLAGS = ("--kv-cache-memory-bytes", "512M", "--max-num-batched-tokens", str(CHUNK))
@@ -75,7 +77,6 @@ def encode():
     return Tokenizer(read_source(resolve(ModelSource()))).encode
 
 
-@pytest.mark.slow
 def test_at_2k_nsa_finds_within_one_of_what_dense_finds(encode):
     trials = list(needles(2000, encode))
     found = {}
@@ -86,7 +87,6 @@ def test_at_2k_nsa_finds_within_one_of_what_dense_finds(encode):
     assert abs(found["nsa"] - found["dense"]) <= 1, found
 
 
-@pytest.mark.slow
 def test_at_4k_blocks_chosen_by_their_true_mass_find_every_number(encode):
     engine, model = engine_for()
     for layer in model.layers:
@@ -99,7 +99,6 @@ def test_at_4k_blocks_chosen_by_their_true_mass_find_every_number(encode):
     assert answers[-1]["usage"]["prompt_tokens"] > 3800
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [700, 2000, 4000])
 def test_the_servers_nsa_logits_are_those_of_one_whole_prefill(encode, num_tokens):
     """Chunks and prefix hits on one side; one step over poisoned pages on the other."""
