@@ -96,7 +96,7 @@ def test_at_4k_blocks_chosen_by_their_true_mass_find_every_number(encode):
     texts = [answer["choices"][0]["text"] for answer in answers]
     found = [n.found_in(text) for n, text in zip(trials, texts, strict=True)]
     assert sum(found) == NUM_TRIALS, list(zip(trials, texts, strict=True))
-    assert answers[-1]["usage"]["prompt_tokens"] > 3800
+    assert answers[-1]["usage"]["prompt_tokens"] > 3600
 
 
 @pytest.mark.parametrize("num_tokens", [700, 2000, 4000])
