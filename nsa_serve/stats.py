@@ -29,6 +29,7 @@ class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int  # of them taken from the prefix cache
     generation_tokens: int
     num_rejected: int  # refused at the door
+    num_void_logits: int  # requests that failed because their logits had no finite maximum
     num_finished: dict[str, int]  # by finish reason
     iteration_buckets: list[int]  # steps by tokens computed: bounds of ITERATION_BUCKETS, then more
     iteration_tokens: int  # tokens computed in all steps
@@ -51,6 +52,7 @@ class EngineStats:
     cached_tokens: int = 0
     generation_tokens: int = 0
     num_rejected: int = 0
+    num_void_logits: int = 0
     num_finished: Counter[FinishReason] = field(default_factory=Counter)
     iteration_buckets: list[int] = field(default_factory=lambda: [0] * (len(ITERATION_BUCKETS) + 1))
     iteration_tokens: int = 0
@@ -93,6 +95,7 @@ class EngineStats:
             cached_tokens=self.cached_tokens,
             generation_tokens=self.generation_tokens,
             num_rejected=self.num_rejected,
+            num_void_logits=self.num_void_logits,
             num_finished={reason.value: self.num_finished[reason] for reason in FinishReason},
             iteration_buckets=list(self.iteration_buckets),
             iteration_tokens=self.iteration_tokens,

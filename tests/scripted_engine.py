@@ -10,6 +10,7 @@ from nsa_serve.cache.manager import CacheManager
 from nsa_serve.config import ScheduleConfig
 from nsa_serve.engine.engine import Engine
 from nsa_serve.request import EngineRequest, RequestOutput, SamplingParams, TokenLogprob
+from nsa_serve.runner.model_runner import NO_FINITE_LOGITS
 from nsa_serve.schedule.plan import PromptLogprobs, SampledToken, StepPlan, StepResult
 from nsa_serve.schedule.scheduler import Scheduler
 from nsa_serve.tokenizer import Tokenizer
@@ -58,7 +59,7 @@ class ScriptedRunner:
     def _token(self, chunk: Any) -> SampledToken:
         name = chunk.request_id
         if name in self.void:
-            return SampledToken(name, -1, error="the logits are NaN")
+            return SampledToken(name, -1, error=NO_FINITE_LOGITS)
         script = self.scripts[name]
         at = chunk.start + chunk.num_tokens - self.prompt_lens[name]
         token_id = script[at % len(script)]

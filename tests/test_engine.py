@@ -13,6 +13,7 @@ from nsa_serve.engine import engine as engine_module
 from nsa_serve.errors import InvalidParameter, Overloaded, PromptTooLong
 from nsa_serve.models.checkpoint import resolve
 from nsa_serve.request import FinishReason
+from nsa_serve.runner.model_runner import NO_FINITE_LOGITS
 from nsa_serve.tokenizer import Tokenizer, read_source
 from tests.scripted_engine import EOS, VOCAB, Bench, make_request
 
@@ -125,7 +126,7 @@ def test_void_logits_end_their_request_and_nobody_elses(depth: int) -> None:
     bench.runner.void.add("a")
     bench.drain()
     assert bench.final("a").finish_reason is FinishReason.ERROR
-    assert bench.final("a").error == "the logits are NaN"
+    assert bench.final("a").error == NO_FINITE_LOGITS
     assert bench.final("b").finish_reason is FinishReason.LENGTH
 
 

@@ -15,6 +15,7 @@ from ..cache.manager import CacheManager
 from ..config import EngineConfig
 from ..errors import RequestError
 from ..request import EngineRequest, FinishReason, Request, RequestOutput
+from ..runner.model_runner import NO_FINITE_LOGITS
 from ..schedule.plan import SampledToken, StepPlan, StepResult
 from ..schedule.scheduler import Scheduler, StepUpdate
 from ..stats import StatsSnapshot
@@ -52,6 +53,7 @@ class _Flight:
     plan: StepPlan
     live: list[_Live | None]  # of the plan's chunks; an id may be given anew while it flies
     pending: PendingResult | None = None
+    lacks_memory: bool = False  # it failed for want of memory, and so a smaller one may do
 
 
 class Engine:
@@ -59,7 +61,8 @@ class Engine:
 
     ``depth`` steps are launched before the oldest is waited for: 0 where ``launch`` computes (a
     CPU), 1 where it queues (a GPU). A step that fails ends its own requests, and the engine goes
-    on. ``clock`` (seconds, monotonic) stamps tokens when they arrive.
+    on; where only memory was lacking it ends the newest ones, and the others compute it again.
+    ``clock`` (seconds, monotonic) stamps tokens when they arrive.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Engine:
         self._clock = clock
         self._live: dict[str, _Live] = {}
         self._flights: deque[_Flight] = deque()
+        self._num_to_shed = 1  # requests that the next step without memory ends
 
     @classmethod
     def from_config(cls, config: EngineConfig, on_progress: OnProgress | None = None) -> Self:
@@ -125,14 +129,19 @@ class Engine:
     def step(self, now: float) -> list[RequestOutput]:
         """Launch the next step and take in the oldest one that is due."""
         # More are out than the depth allows only where a step was interrupted (Ctrl-C).
+        # Behind a failed launch nothing is scheduled: it would build on tokens that never come.
         plan = None
-        if len(self._flights) <= self._depth:
+        if len(self._flights) <= self._depth and not self._has_failed_launch:
             plan = self._scheduler.schedule(now)
         if plan is not None:
             self._launch(plan)
         if self._flights and (plan is None or len(self._flights) > self._depth):
             return self._land()
         return []
+
+    @property
+    def _has_failed_launch(self) -> bool:
+        return bool(self._flights) and self._flights[-1].pending is None
 
     def stats(self) -> StatsSnapshot:
         scheduler, cache = self._scheduler, self._cache
@@ -160,8 +169,9 @@ class Engine:
             flight.pending = self._runner.launch(plan)
         except torch.AcceleratorError:
             raise  # the device is lost, and with it every step to come
-        except Exception:
+        except Exception as error:
             logger.exception("launching step %d failed", plan.step_id)
+            flight.lacks_memory = is_out_of_memory(error)
 
     def _land(self) -> list[RequestOutput]:
         """Take in the oldest step."""
@@ -169,14 +179,36 @@ class Engine:
         result = self._result(flight)
         self._flights.popleft()
         now = self._clock()
-        outputs = []
+        if flight.lacks_memory:
+            return self._shed(flight, now)
         if result is None:
             outputs = self._fail_silent_chunks(flight, now)
-            result = _failed(flight.plan)
-        for update in self._scheduler.apply(result, now):
-            output = self._deliver(update, now)
-            if output is not None:
-                outputs.append(output)
+            return outputs + self._apply(_failed(flight.plan), now)
+        self._num_to_shed = 1
+        return self._apply(result, now)
+
+    def _apply(self, result: StepResult, now: float) -> list[RequestOutput]:
+        updates = self._scheduler.apply(result, now)
+        voids = sum(update.error == NO_FINITE_LOGITS for update in updates)
+        self._scheduler.stats.num_void_logits += voids
+        delivered = [self._deliver(update, now) for update in updates]
+        return [output for output in delivered if output is not None]
+
+    def _shed(self, flight: _Flight, now: float) -> list[RequestOutput]:
+        """End the newest requests of a step that lacked memory; the others compute it again.
+
+        Each such step in a row ends twice as many, so that a few tries are enough.
+        """
+        live = [one for one in flight.live if one is not None and not one.output.finished]
+        live.sort(key=lambda one: one.request.index, reverse=True)
+        outputs = [
+            self._end(one, FinishReason.ERROR, now, error=OUT_OF_MEMORY)
+            for one in live[: self._num_to_shed]
+        ]
+        self._num_to_shed *= 2
+        self._scheduler.undo(flight.plan.step_id)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         return outputs
 
     def _result(self, flight: _Flight) -> StepResult | None:
@@ -245,7 +277,15 @@ class Engine:
 
 
 STEP_FAILED = "the step that computed this request failed; see the server's log"
+OUT_OF_MEMORY = "the device has too little memory left for this request; try it again later"
 OUTPUT_FAILED = "the text of this request could not be made; see the server's log"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a step failed for want of memory. On the CPU torch says so in words only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _failed(plan: StepPlan) -> StepResult:

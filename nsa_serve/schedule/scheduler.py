@@ -137,6 +137,20 @@ class Scheduler:
         self._roster.release(plan.step_id)
         return updates
 
+    def undo(self, step_id: int) -> None:
+        """Take back the only launched step, which failed: its requests compute it once more.
+
+        They go through the queue as if preempted, so that nothing of the failed step is read.
+        """
+        launched = self._launched.popleft()
+        assert launched.plan.step_id == step_id, "another step is due"
+        assert not self._launched, "a step was built on one that failed"
+        for chunk, request in zip(launched.plan.chunks, launched.requests, strict=True):
+            request.num_in_flight -= chunk.samples
+            if request.status is RequestStatus.RUNNING:
+                self._roster.preempt(request)
+        self._roster.release(step_id)
+
     def snapshot(self) -> StatsSnapshot:
         """All counters and gauges at this moment."""
         return self.stats.snapshot(
