@@ -21,6 +21,28 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class GrammarKind(StrEnum):
+    """The language in which a request says what its text must be."""
+
+    JSON = "json"  # a JSON schema
+    REGEX = "regex"  # a regular expression that the whole text matches
+    CHOICE = "choice"  # a JSON list of strings, of which the text is one
+    GRAMMAR = (
+        "grammar"  # Lark in llguidance's dialect (``start: "<x>" %json {...} "</x>"``), or GBNF
+    )
+
+
+class GrammarSpec(msgspec.Struct, frozen=True):
+    """What a request's whole text must be. Travels as text; the engine's process compiles it."""
+
+    kind: GrammarKind
+    text: str
+
+
+# Any JSON object: OpenAI's ``json_object``.
+JSON_OBJECT = GrammarSpec(GrammarKind.JSON, '{"type":"object"}')
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the tokens of one request are sampled, and where it stops."""
 
@@ -44,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] = {}
     skip_special_tokens: bool = True
+    grammar: GrammarSpec | None = None  # what the text must be; None: anything
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
