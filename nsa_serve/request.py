@@ -65,6 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     )
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] = {}
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences not to be said, none empty
     skip_special_tokens: bool = True
     grammar: GrammarSpec | None = None  # what the text must be; None: anything
 

@@ -170,6 +170,7 @@ class PromptEncoder:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             logit_bias=self._logit_bias(request.logit_bias or {}),
+            bad_words=self._bad_words(request.bad_words or ()),
             skip_special_tokens=request.skip_special_tokens is not False,
         )
 
@@ -180,6 +181,12 @@ class PromptEncoder:
                 param="min_tokens",
             )
         return request.min_tokens or 0
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word's tokens as it stands at the beginning of a text and after a space."""
+        spelt = [form for word in words for form in (word, f" {word.lstrip()}")]
+        encoded = (tuple(self._tokenizer.encode(form, add_special=False)) for form in spelt)
+        return tuple(dict.fromkeys(filter(None, encoded)))
 
     def _logit_bias(self, bias: dict[str, float]) -> dict[int, float]:
         return {self._bias_id(key): value for key, value in bias.items()}

@@ -22,6 +22,7 @@ from ..errors import InvalidParameter
 from ..request import MAX_LOGPROBS
 from .errors import bounded
 from .settings import (
+    MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
     MAX_N,
@@ -45,7 +46,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
-    "bad_words": ([],),
     "continue_final_message": (False,),
 }
 _UNSUPPORTED = frozenset(_NEUTRAL) | {
@@ -120,6 +120,9 @@ class GenerationRequest(_Strict):
     min_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    bad_words: Annotated[list[StopText], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = (
+        None
+    )
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 

@@ -38,6 +38,8 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         _need(value is None or 0 <= value <= MAX_LOGPROBS, name, value, wanted)
     _check_ids("stop_token_ids", s.stop_token_ids, vocab_size)
     _check_ids("logit_bias", s.logit_bias, vocab_size)
+    _need(all(s.bad_words), "bad_words", "an empty one", "sequences of token ids")
+    _check_ids("bad_words", [i for word in s.bad_words for i in word], vocab_size)
     for bias in s.logit_bias.values():
         _need(-100 <= bias <= 100, "logit_bias", bias, "from -100 to 100")
 

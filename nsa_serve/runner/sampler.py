@@ -14,6 +14,7 @@ from ..kernels.dispatch import ops_for
 from ..kernels.shapes import SamplingTensors
 from ..request import SamplingParams, TokenLogprob
 from ..schedule.plan import RowStart, ScheduledChunk
+from .bad_words import BadWords
 from .penalties import PenaltyCounts, is_penalised
 from .staging import Arrays, Tensors, to_device, to_host
 
@@ -101,6 +102,7 @@ class Sampler:
         self.eos_token_ids = tuple(eos_token_ids)
         self.ops = ops_for(device)
         self.penalties = PenaltyCounts(vocab_size, device)
+        self.bad_words = BadWords(device)
         self._edits: dict[int, LogitEdits] = {}
         self._settings: dict[str, NDArray[Any]] = {
             "temperature": np.zeros(max_rows, np.float32),
@@ -127,6 +129,8 @@ class Sampler:
         self._num_logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
         if is_penalised(sampling):
             self.penalties.add(start)
+        if sampling.bad_words:
+            self.bad_words.add(start)
         edits = LogitEdits.of(start, self.eos_token_ids)
         if edits is not None:
             self._edits[row] = edits
@@ -134,6 +138,7 @@ class Sampler:
     def free(self, row: int) -> None:
         """Forget what a row held beside its settings, which the next start overwrites."""
         self.penalties.discard(row)
+        self.bad_words.discard(row)
         self._edits.pop(row, None)
 
     def fill(self, host: Arrays, chunks: Sequence[ScheduledChunk]) -> None:
@@ -160,10 +165,15 @@ class Sampler:
         penalised = any(row in self.penalties for row in rows)
         if penalised:
             edited = self.penalties.apply(edited, rows)
+        warned = any(row in self.bad_words for row in rows)
+        if warned:
+            edited = self.bad_words.apply(edited, rows)
         tokens = self.ops.sample(edited, self._tensors(fields, rows))
         last_tokens.index_copy_(0, fields["sample_rows"], tokens)
         if penalised:
             self.penalties.record(tokens, rows)
+        if warned:
+            self.bad_words.record(tokens, rows)
         checked = torch.where(edited.amax(-1).isfinite(), tokens, -1)
         picks = [at for at, row in enumerate(rows) if self._num_logprobs[row] >= 0]
         counts = [int(self._num_logprobs[rows[at]]) for at in picks]
