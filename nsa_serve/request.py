@@ -27,9 +27,8 @@ class GrammarKind(StrEnum):
     JSON = "json"  # a JSON schema
     REGEX = "regex"  # a regular expression that the whole text matches
     CHOICE = "choice"  # a JSON list of strings, of which the text is one
-    GRAMMAR = (
-        "grammar"  # Lark in llguidance's dialect (``start: "<x>" %json {...} "</x>"``), or GBNF
-    )
+    # Lark as llguidance reads it (``start: "<x>" %json {...} "</x>"``), or GBNF.
+    GRAMMAR = "grammar"
 
 
 class GrammarSpec(msgspec.Struct, frozen=True):
