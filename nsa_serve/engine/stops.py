@@ -56,10 +56,10 @@ class StopMatcher:
         """Length of the longest end of ``buffer`` with which some stop string begins."""
         if buffer[-1] not in self._inner:
             return 0
-        return max(_overlap(buffer, stop) for stop in self._stops)
+        return max(overlap(buffer, stop) for stop in self._stops)
 
 
-def _overlap(buffer: str, stop: str) -> int:
+def overlap(buffer: str, stop: str) -> int:
     """Length of the longest end of ``buffer`` that is a proper beginning of ``stop``."""
     first = stop[0]
     at = buffer.find(first, max(0, len(buffer) - len(stop) + 1))
