@@ -67,6 +67,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences not to be said, none empty
     skip_special_tokens: bool = True
     grammar: GrammarSpec | None = None  # what the text must be; None: anything
+    trace: bool = False  # whether what NSA looked at is recorded
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +88,16 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     logprob: float
     rank: int  # 1 is the likeliest
     top: list[tuple[int, float]]
+
+
+class TokenTrace(msgspec.Struct, frozen=True):
+    """What NSA read for one token: by the query that the token was sampled from."""
+
+    position: int  # of the query
+    shape: tuple[int, int, int]  # L, Hkv, n
+    selection: bytes  # [L, Hkv, n] int32, pages of the request, ascending, −1 padded
+    gates: bytes | None  # [L, Hkv, 3] fp32, means over a group's heads; None: fixed at (0, 1, 0)
+    token_id: int = -1  # the token; set once it is known
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -117,6 +128,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
     error: str | None = None  # with FinishReason.ERROR
+    trace: list[TokenTrace] | None = None  # only if asked for, with finish_reason
     usage: Usage | None = None  # always with finish_reason
     times: RequestTimes | None = None  # always with finish_reason
 

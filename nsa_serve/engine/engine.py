@@ -303,6 +303,8 @@ def _feed(output: OutputState, update: StepUpdate, now: float) -> bool:
     piece = update.prompt_logprobs
     if piece is not None:
         output.add_prompt_logprobs(piece.start, piece.entries)
+    if update.trace is not None:
+        output.add_trace(update.trace)
     ends = update.finish_reason is FinishReason.STOP
     for token_id in update.new_token_ids:
         if output.add_token(token_id, update.logprob, now, ends=ends):

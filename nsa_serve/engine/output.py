@@ -10,6 +10,7 @@ from ..request import (
     RequestOutput,
     RequestTimes,
     TokenLogprob,
+    TokenTrace,
     Usage,
 )
 from ..tokenizer import Tokenizer, detokenizer
@@ -39,6 +40,7 @@ class OutputState:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs = _prompt_slots(request)
+        self._trace: list[TokenTrace] = []
         self._num_tokens = 0
         self._first_token: float | None = None
         self._last_token: float | None = None
@@ -80,6 +82,10 @@ class OutputState:
         assert slots is not None, f"{self.request_id} asked for no prompt logprobs"
         slots[start : start + len(entries)] = entries
 
+    def add_trace(self, trace: TokenTrace) -> None:
+        """What NSA read for the next token."""
+        self._trace.append(trace)
+
     def finish(
         self,
         reason: FinishReason,
@@ -113,6 +119,7 @@ class OutputState:
             finish_reason=self._reason,
             stop_reason=self._stop_reason,
             error=self._error,
+            trace=self._trace if self.finished and self._trace else None,
             usage=self._usage(num_cached) if self.finished else None,
             times=self._times(first_scheduled) if self.finished else None,
         )

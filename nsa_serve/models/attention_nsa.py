@@ -38,6 +38,7 @@ class NSAAttention:
         out_compressed, selection = ops.compressed_attention(
             q, compressed, batch, nsa=nsa, with_output=gate_logits is not None
         )
+        step.observe(self.layer, selection, gate_logits)
         slots = step.ensure_resident(self.layer, selection)
         out: Tensor = ops.sparse_attention(
             q, kv, selection, out_compressed, gate_logits, batch, nsa=nsa, slots=slots

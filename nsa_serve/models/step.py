@@ -16,7 +16,8 @@ class StepInputs:
 
     ``resident`` is the host tier's hook: given a layer and its selection [T, Hkv, n], it answers
     the device slots of those pages [T, Hkv, n]. None: every page is on the device, and
-    ``batch.slot_table`` says where.
+    ``batch.slot_table`` says where. ``observer`` is told each NSA layer's selection [T, Hkv, n] and
+    gate logits [T, Hq, 3], where somebody wants to see them.
     """
 
     token_ids: torch.Tensor  # [T] int64; 0 for padding
@@ -25,7 +26,15 @@ class StepInputs:
     compressed: Sequence[CompressedKV] | None  # by layer; None for a dense model
     logits_index: torch.Tensor  # [R] int64, tokens of the step whose logits are wanted
     resident: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+    observer: Callable[[int, torch.Tensor, torch.Tensor | None], None] | None = None
 
     def ensure_resident(self, layer: int, selection: torch.Tensor) -> torch.Tensor | None:
         """Slots of the selection, or None where the slot table serves."""
         return None if self.resident is None else self.resident(layer, selection)
+
+    def observe(
+        self, layer: int, selection: torch.Tensor, gate_logits: torch.Tensor | None
+    ) -> None:
+        """Tell the observer, if there is one, what a layer selected and how its gates stand."""
+        if self.observer is not None:
+            self.observer(layer, selection, gate_logits)

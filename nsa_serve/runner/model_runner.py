@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 
 from ..memory.device_pool import DevicePool
 from ..models.step import StepInputs
+from ..request import TokenTrace
 from ..schedule.plan import SampledToken, ScheduledChunk, StepPlan, StepResult
 from .graphs import GraphSet
 from .inputs import StepBuffers, StepShape
 from .prompt_logprobs import PromptRows, PromptSpan, prompt_entries
 from .sampler import LogprobTensors, Sampled, Sampler
 from .staging import StepSizes, Tensors, record_event, to_device
+from .trace import StepTrace, TraceRows
 
 # Logits of so many prompt tokens exist at a time: a chunk's would be gigabytes.
 _LOGITS_TILE = 128
@@ -41,30 +44,36 @@ class PendingStep:
     sampled: Sampled | None
     spans: list[PromptSpan]
     prompt_logprobs: LogprobTensors | None
+    trace: StepTrace | None
     done: torch.cuda.Event | None
 
     def result(self) -> StepResult:
         """What came of the step, after waiting for it alone."""
         if self.done is not None:
             self.done.synchronize()
-        tokens = [] if self.sampled is None else _tokens(self.plan, self.sampled)
+        tokens = [] if self.sampled is None else _tokens(self.plan, self.sampled, self.trace)
         prompts = prompt_entries(self.spans, self.prompt_logprobs)
         return StepResult(self.plan.step_id, tokens, prompts)
 
 
-def _tokens(plan: StepPlan, sampled: Sampled) -> list[SampledToken]:
+def _tokens(plan: StepPlan, sampled: Sampled, trace: StepTrace | None) -> list[SampledToken]:
     ids = [chunk.request_id for chunk in plan.chunks if chunk.samples]
     tokens = sampled.tokens.tolist()
     logprobs = {}
     if sampled.logprobs is not None:
         entries = sampled.logprobs.entries(sampled.logprob_counts)
         logprobs = dict(zip(sampled.logprob_rows, entries, strict=True))
+    traces = {} if trace is None else trace.tokens()
     return [
-        SampledToken(request_id, token, logprobs.get(at))
+        SampledToken(request_id, token, logprobs.get(at), trace=_of(token, traces.get(request_id)))
         if token >= 0
         else SampledToken(request_id, token, error=NO_FINITE_LOGITS)
         for at, (request_id, token) in enumerate(zip(ids, tokens, strict=True))
     ]
+
+
+def _of(token_id: int, trace: TokenTrace | None) -> TokenTrace | None:
+    return None if trace is None else msgspec.structs.replace(trace, token_id=token_id)
 
 
 class ModelRunner:
@@ -96,6 +105,7 @@ class ModelRunner:
             vocab_size, max_rows=max_rows, eos_token_ids=eos_token_ids, device=pool.device
         )
         self.prompts = PromptRows()
+        self.traces = TraceRows(pool.device)
         self.graphs = GraphSet(self._forward_all, self.buffers) if use_graphs else None
 
     @torch.inference_mode()
@@ -104,30 +114,33 @@ class ModelRunner:
         assert not plan.moves, "this runner has no host tier to move blocks to"
         self._change_rows(plan)
         if not plan.chunks:
-            return PendingStep(plan, None, [], None, None)
+            return PendingStep(plan, None, [], None, None, None)
         spans = self.prompts.spans(plan.chunks)
         samples = [chunk for chunk in plan.chunks if chunk.samples]
-        size = self._graph_size(plan.chunks, samples, spans)
+        trace = self.traces.begin(plan.chunks)
+        size = None if trace else self._graph_size(plan.chunks, samples, spans)
         fields, shape = self._stage(plan.chunks, samples, spans, size)
         if self.graphs is not None and size is not None:
             logits, prompt_hidden = self.graphs.run(fields, shape), None
         else:
-            logits, prompt_hidden = self._forward(fields, shape)
+            logits, prompt_hidden = self._forward(fields, shape, trace)
         sampled = None
         if samples:
             at_samples = logits[: len(samples)]
             sampled = self.sampler.sample(at_samples, fields, samples, self.buffers.last_tokens)
         logprobs = self._prompt_logprobs(prompt_hidden, spans)
         done = record_event() if self.pool.device.type == "cuda" else None
-        return PendingStep(plan, sampled, spans, logprobs, done)
+        return PendingStep(plan, sampled, spans, logprobs, trace, done)
 
     def _change_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:
             self.sampler.free(row)
             self.prompts.free(row)
+            self.traces.free(row)
         for start in plan.started:
             self.sampler.start(start)
             self.prompts.start(start)
+            self.traces.start(start)
         self.buffers.update_tables(plan)
 
     def _stage(
@@ -147,10 +160,16 @@ class ModelRunner:
         self.sampler.fill(host, samples)
         return self.buffers.staging.send(sizes), shape
 
-    def _forward(self, fields: Tensors, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(
+        self, fields: Tensors, shape: StepShape, trace: StepTrace | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits of the samples, hidden states of the spans' tokens)."""
         inputs = self.buffers.inputs(fields, shape)
+        if trace is not None:
+            inputs = replace(inputs, observer=trace.observe)
         hidden = self.model.hidden(inputs)[inputs.logits_index]
+        if trace is not None:
+            self.traces.end(trace)
         num_samples = shape.sizes.samples
         return self.model.logits(hidden[:num_samples]), hidden[num_samples:]
 

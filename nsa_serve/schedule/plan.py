@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..request import SamplingParams, TokenLogprob
+from ..request import SamplingParams, TokenLogprob, TokenTrace
 
 
 class RowStart(msgspec.Struct, frozen=True):
@@ -61,6 +61,7 @@ class SampledToken(msgspec.Struct, frozen=True):
     token_id: int
     logprob: TokenLogprob | None = None  # only if asked for
     error: str | None = None
+    trace: TokenTrace | None = None  # only if asked for
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):

@@ -15,7 +15,14 @@ import msgspec
 from ..cache.manager import CacheManager, Match
 from ..config import ScheduleConfig
 from ..errors import NSAServeError
-from ..request import EngineRequest, FinishReason, Request, RequestStatus, TokenLogprob
+from ..request import (
+    EngineRequest,
+    FinishReason,
+    Request,
+    RequestStatus,
+    TokenLogprob,
+    TokenTrace,
+)
 from ..stats import EngineStats, StatsSnapshot
 from .draft import Draft
 from .plan import PromptLogprobs, SampledToken, ScheduledChunk, StepPlan, StepResult
@@ -32,6 +39,7 @@ class StepUpdate(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the one of ``stop_token_ids`` that matched; None for eos
     error: str | None = None
+    trace: TokenTrace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +353,9 @@ class Scheduler:
         reason, stop_token_id = self._ending(request, token_id)
         if reason is not None:
             self._roster.end(request, reason, now)
-        return StepUpdate(request, [token_id], token.logprob, piece, reason, stop_token_id)
+        return StepUpdate(
+            request, [token_id], token.logprob, piece, reason, stop_token_id, trace=token.trace
+        )
 
     def _ending(self, request: Request, token_id: int) -> tuple[FinishReason | None, int | None]:
         sampling = request.sampling
