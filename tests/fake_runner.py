@@ -182,7 +182,7 @@ class Harness:
         prefix_caching: bool = True,
         **limits: int,
     ) -> None:
-        self.cache = CacheManager(num_blocks, page_size, enable_prefix_caching=prefix_caching)
+        self.cache = self.make_cache(num_blocks, page_size, prefix_caching)
         self.scheduler = Scheduler(
             ScheduleConfig(policy=policy, max_num_seqs=max_num_seqs, **limits),
             self.cache,
@@ -196,6 +196,9 @@ class Harness:
         self.unapplied: deque[tuple[StepResult, set[int]]] = deque()
         self.outputs: dict[str, list[int]] = {}
         self.updates: dict[str, list[StepUpdate]] = {}
+
+    def make_cache(self, num_blocks: int, page_size: int, prefix_caching: bool) -> CacheManager:
+        return CacheManager(num_blocks, page_size, enable_prefix_caching=prefix_caching)
 
     def add(self, request_id: str, prompt: list[int], **options):
         self.now += 1.0

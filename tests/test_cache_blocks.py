@@ -96,15 +96,10 @@ def test_only_its_leader_withdraws_a_pending_page():
 
 
 def test_without_a_host_tier_a_block_lives_in_the_slot_of_its_number():
-    residence = Residence(3, 3)
+    residence = Residence(3)
     residence.place(2)
     assert residence.slot(2) == 2
-    assert residence.slots([2, 0]) == [2, ABSENT]
+    assert residence.slot(0) == ABSENT
     residence.vacate(2)
     assert residence.slot(2) == ABSENT
     residence.check()
-
-
-def test_fewer_slots_than_blocks_need_a_host_tier():
-    with pytest.raises(AssertionError, match="without a host tier"):
-        Residence(4, 3)

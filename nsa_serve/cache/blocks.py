@@ -88,4 +88,5 @@ class BlockTable:
     block_ids: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # kept over preemptions
     num_published: int = 0  # leading pages that were hit, or filed when they were confirmed
+    first_near: int | None = None  # with a host tier: pinned are forced pages and those from here
     publishes: bool = True  # False: its content was made from pages that are no longer trusted

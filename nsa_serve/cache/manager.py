@@ -9,7 +9,8 @@ from typing import NamedTuple
 from ..request import Request
 from .blocks import BlockPool, BlockTable
 from .prefix import PendingPages, PrefixIndex, page_digest, root_digest
-from .residence import ABSENT, Residence
+from .residence import ABSENT, Residence, ResidenceUpdate
+from .tiers import TieredResidence, TierSizes
 
 
 class Match(NamedTuple):
@@ -17,6 +18,13 @@ class Match(NamedTuple):
 
     block_ids: list[int]
     num_idle: int  # of them held by nobody: taking them makes that many fewer usable
+
+
+class NearPages(NamedTuple):
+    """Which pages of a running request stay on the device: forced ones and those of its window."""
+
+    num_initial: int
+    num_tokens: int  # before the next one to compute that its ops read without asking where
 
 
 class CacheManager:
@@ -29,12 +37,21 @@ class CacheManager:
     """
 
     def __init__(
-        self, num_blocks: int, page_size: int, *, enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        page_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        tiers: TierSizes | None = None,
+        near: NearPages | None = None,
     ) -> None:
         assert page_size > 0, f"a page needs a token, got {page_size}"
+        assert tiers is None or tiers.num_blocks == num_blocks, "the tiers hold other blocks"
+        assert (tiers is None) == (near is None), "tiers and near pages come together"
         self.page_size = page_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.residence = Residence(num_blocks, num_blocks)
+        self.residence = Residence(num_blocks) if tiers is None else TieredResidence(tiers)
+        self._near = near
         self._pool = BlockPool(num_blocks)
         self._index = PrefixIndex()
         self._pending = PendingPages()
@@ -131,6 +148,7 @@ class CacheManager:
         assert not table.block_ids, f"{request.request_id} is admitted twice"
         for block_id in match.block_ids:
             self._pool.hold(block_id)
+            self.residence.wake(block_id)
         table.block_ids.extend(match.block_ids)
         table.num_published = len(match.block_ids)
         if self._may_publish(table):
@@ -141,14 +159,12 @@ class CacheManager:
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks for tokens [0, num_tokens): the new ones, or None (and none taken) if too few."""
-        block_ids = self._tables[request.index].block_ids
-        missing = self.num_pages(num_tokens) - len(block_ids)
-        if missing <= 0:
-            return []
-        if missing > self.num_usable:
+        table = self._tables[request.index]
+        missing = max(0, self.num_pages(num_tokens) - len(table.block_ids))
+        if missing > self.num_usable or not self._slide(table, request.num_computed, missing):
             return None
         taken = [self._take() for _ in range(missing)]
-        block_ids.extend(taken)
+        table.block_ids.extend(taken)
         return taken
 
     def publish(self, request: Request, num_tokens: int) -> list[bytes]:
@@ -179,9 +195,12 @@ class CacheManager:
     def free(self, request: Request) -> None:
         """Give back all blocks; published ones stay cached, and the last page is evicted first."""
         table = self._tables[request.index]
+        self._unpin(table)
         for block_id in reversed(table.block_ids):
             if self._pool.release(block_id, keep=block_id in self._index):
                 self.residence.vacate(block_id)
+            elif self._pool.is_cached(block_id):
+                self.residence.rest(block_id)
         table.block_ids.clear()
         table.num_published = 0
         table.publishes = True  # what it computes from here on starts afresh
@@ -205,15 +224,24 @@ class CacheManager:
         self._index.clear()
         return self._pending.clear()
 
+    def take_update(self) -> ResidenceUpdate | None:
+        """Where pages live from the next step on, and the copies that takes; None without tiers."""
+        return self.residence.take_update()
+
     def check(self) -> None:
         """Free + cached + in use = total; every reference, digest and slot is explained."""
         self._pool.check()
         self._index.check()
         self.residence.check()
         holders: Counter[int] = Counter()
+        pins: Counter[int] = Counter()
         for index, table in self._tables.items():
             self._check_table(index, table)
             holders.update(table.block_ids)
+            if table.first_near is not None:
+                near = self._near_pages(table, table.first_near)
+                pins.update(table.block_ids[page] for page in near)
+        self.residence.check_pins(pins)
         for block_id in range(self.num_blocks):
             self._check_block(block_id, holders[block_id])
 
@@ -231,6 +259,44 @@ class CacheManager:
         assert not filed or cached or count, f"block {block_id} is free, yet filed"
         placed = self.residence.slot(block_id) != ABSENT
         assert placed == (cached or count > 0), f"block {block_id}: slot and state disagree"
+
+    def _slide(self, table: BlockTable, num_computed: int, num_new: int) -> bool:
+        """Pin what the next tokens read directly, unpin what fell behind; no more than has room.
+
+        False, and nothing more pinned, unless ``num_new`` pages fit on the device beside it.
+        """
+        if self._near is None:
+            return True
+        first = max(0, num_computed - self._near.num_tokens) // self.page_size
+        if table.first_near is None:
+            return self._pin(table, first, num_new)
+        for page in range(max(table.first_near, self._near.num_initial), first):
+            self.residence.unpin(table.block_ids[page])
+        table.first_near = max(first, table.first_near)
+        return num_new <= self.residence.room
+
+    def _pin(self, table: BlockTable, first: int, num_new: int) -> bool:
+        """Pin the near pages of a request that starts, if they fit."""
+        near = [table.block_ids[page] for page in self._near_pages(table, first)]
+        loose = sum(not self.residence.is_pinned(block_id) for block_id in near)
+        if loose + num_new > self.residence.room:
+            return False
+        for block_id in near:
+            self.residence.pin(block_id)
+        table.first_near = first
+        return True
+
+    def _unpin(self, table: BlockTable) -> None:
+        if table.first_near is not None:
+            for page in self._near_pages(table, table.first_near):
+                self.residence.unpin(table.block_ids[page])
+            table.first_near = None
+
+    def _near_pages(self, table: BlockTable, first: int) -> list[int]:
+        """Pages of a request that stay on the device: forced ones, and all from ``first`` on."""
+        assert self._near is not None
+        held = len(table.block_ids)
+        return [*range(min(self._near.num_initial, first, held)), *range(first, held)]
 
     def _may_publish(self, table: BlockTable) -> bool:
         return self.enable_prefix_caching and table.publishes

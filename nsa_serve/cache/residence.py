@@ -1,43 +1,84 @@
-"""Where raw K/V of a block lives: block id to device slot, apart from who owns the block."""
+"""Where raw K/V of a block lives: block id to slot, apart from who owns the block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+
+import msgspec
 
 ABSENT = -1
 
 
-class Residence:
-    """Device slot of each block that holds something.
+class BlockMove(msgspec.Struct, frozen=True):
+    """A page's raw K/V is copied between two slots before the step runs."""
 
-    Without a host tier every block has a slot of its own, and block i gets slot i: pages never
-    move. Readers still ask here, since an id and a place are two things.
+    block_id: int
+    source_slot: int
+    target_slot: int
+    to_device: bool
+
+
+class ResidenceUpdate(msgspec.Struct, frozen=True):
+    """What a step does to the places of pages: copies in this order, then the changed slots."""
+
+    moves: list[BlockMove]
+    slots: list[tuple[int, int]]  # (block id, the slot where it is read from this step on)
+    spilled: bool  # some block that holds something is in host memory alone
+
+
+class Residence:
+    """Device slot of each block that holds something, where there is no host tier.
+
+    Every block then has a slot of its own, and block i gets slot i: pages never move. Readers
+    still ask here, since an id and a place are two things.
     """
 
-    def __init__(self, num_blocks: int, num_slots: int) -> None:
-        assert num_slots >= num_blocks, (
-            f"{num_blocks} blocks need as many device slots without a host tier, not {num_slots}"
-        )
+    def __init__(self, num_blocks: int) -> None:
         self._slots = [ABSENT] * num_blocks
 
-    def place(self, block_id: int) -> int:
-        """Give a block its slot before it is written for the first time."""
+    @property
+    def room(self) -> int:
+        """Blocks that may be pinned beside those that are: here pinning costs nothing."""
+        return len(self._slots)
+
+    def place(self, block_id: int) -> None:
+        """Give a block its slot before it is written for the first time; it is pinned once."""
         assert self._slots[block_id] == ABSENT, f"block {block_id} has a slot already"
         self._slots[block_id] = block_id
-        return block_id
 
     def vacate(self, block_id: int) -> None:
+        """The block holds nothing any more."""
         assert self._slots[block_id] != ABSENT, f"block {block_id} has no slot"
         self._slots[block_id] = ABSENT
 
     def slot(self, block_id: int) -> int:
-        """The block's device slot, or ``ABSENT``."""
+        """Where the block is read, or ``ABSENT``."""
         return self._slots[block_id]
 
-    def slots(self, block_ids: Iterable[int]) -> list[int]:
-        return [self._slots[block_id] for block_id in block_ids]
+    def is_pinned(self, block_id: int) -> bool:
+        """Whether pinning the block once more needs no room."""
+        return True
+
+    def pin(self, block_id: int) -> None:
+        """The block is on the device until it is unpinned as often."""
+
+    def unpin(self, block_id: int) -> None:
+        """One reason less for the block to be on the device."""
+
+    def rest(self, block_id: int) -> None:
+        """Nobody holds the block now; it is kept for its content."""
+
+    def wake(self, block_id: int) -> None:
+        """Somebody holds the block again."""
+
+    def take_update(self) -> ResidenceUpdate | None:
+        """What changed since the last call; None where places never change."""
+        return None
+
+    def check_pins(self, pins: Mapping[int, int]) -> None:
+        """Each block is pinned as often as ``pins`` says."""
 
     def check(self) -> None:
         """No slot is given twice."""
         taken = [slot for slot in self._slots if slot != ABSENT]
-        assert len(set(taken)) == len(taken), "two blocks share a device slot"
+        assert len(set(taken)) == len(taken), "two blocks share a slot"

@@ -111,7 +111,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Queue a step on the device; on the CPU, run it."""
-        assert not plan.moves, "this runner has no host tier to move blocks to"
+        assert plan.residence is None, "this runner has no host tier to move blocks to"
         self._change_rows(plan)
         if not plan.chunks:
             return PendingStep(plan, None, [], None, None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ..cache.residence import ResidenceUpdate
 from ..request import SamplingParams, TokenLogprob, TokenTrace
 
 
@@ -31,15 +32,6 @@ class ScheduledChunk(msgspec.Struct, frozen=True):
     samples: bool  # the chunk reaches the request's last token, so a next token is sampled
 
 
-class BlockMove(msgspec.Struct, frozen=True):
-    """A page's raw K/V move between two slots of the named tiers before the step runs."""
-
-    block_id: int
-    source_slot: int
-    target_slot: int
-    to_device: bool
-
-
 class StepPlan(msgspec.Struct, frozen=True):
     """One step: rows that end, rows that start, then the chunks to compute, in batch order."""
 
@@ -47,7 +39,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     freed_rows: list[int]
     started: list[RowStart]
     chunks: list[ScheduledChunk]
-    moves: list[BlockMove] = []
+    residence: ResidenceUpdate | None = None  # moves of pages before the step; None: no host tier
 
     @property
     def num_tokens(self) -> int:

@@ -314,7 +314,13 @@ class Scheduler:
         return True
 
     def _launch(self, draft: Draft) -> StepPlan:
-        plan = StepPlan(draft.step_id, self._roster.take_freed_rows(), draft.started, draft.chunks)
+        plan = StepPlan(
+            draft.step_id,
+            self._roster.take_freed_rows(),
+            draft.started,
+            draft.chunks,
+            self._cache.take_update(),
+        )
         self._next_step += 1
         self._launched.append(_Launched(plan, draft.requests))
         self.stats.count_step(self._token_budget - draft.left)
