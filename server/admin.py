@@ -130,11 +130,13 @@ def _asked_tokens(services: Services, asked: TokenizeRequest) -> list[int]:
     if asked.messages is None:
         add_special = asked.add_special_tokens is not False
         return services.tokenizer.encode(asked.prompt or "", add_special=add_special)
-    return services.prompts.chat(
+    text = services.prompts.render(
         asked.messages,
+        asked.tools or (),
         add_generation_prompt=asked.add_generation_prompt is not False,
         arguments=asked.chat_template_kwargs,
     )
+    return services.prompts.encode(text, add_special=False, param="messages")
 
 
 def _detokenize(services: Services, asked: DetokenizeRequest) -> replies.DetokenizeReply:

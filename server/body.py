@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from ..errors import InvalidParameter
 from .errors import bounded, invalid_fields
 
 T = TypeVar("T", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """No coercion: a number in quotes is an error. Unknown names are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
 
 
 async def read_json_bytes(request: Request) -> bytes:

@@ -7,11 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from ..request import EngineRequest, RequestOutput, Usage
+from ..request import RequestOutput, Usage
 from . import replies
+from .answer.events import Answer, Event
+from .assistant import delta_of, message_of
 from .logprobs import chat_logprobs, prompt_logprobs
 from .schemas import ChatCompletionRequest
-from .services import FINISH_NAMES, Head, Prepared, Services, UsageOptions, by_prompt
+from .services import Head, Prepared, Services, UsageOptions, by_prompt
+from .tools.use import tool_use
+from .turn import PreparedTurn, Turn, finish_name, prepare_turn
 
 
 def chat_router(services: Services) -> APIRouter:
@@ -30,60 +34,53 @@ def chat_router(services: Services) -> APIRouter:
 
 def prepare_chat(services: Services, chat: ChatCompletionRequest) -> Prepared:
     """Check, template and encode: everything before the engine. Runs on a worker thread."""
-    prompts = services.prompts
-    prompts.check_model(chat.model)
-    token_ids = prompts.chat(
-        chat.messages,
-        add_generation_prompt=chat.add_generation_prompt is not False,
-        arguments=chat.chat_template_kwargs,
-    )
-    prompts.check_queue([len(token_ids)], chat.num_choices)
-    max_tokens = prompts.fit(len(token_ids), chat.limit, "messages")
+    services.prompts.check_model(chat.model)
     head = Head.new("chatcmpl", chat.model or services.settings.model_name)
-    requests = [
-        EngineRequest(
-            request_id=f"{head.id}-{choice}",
-            prompt_token_ids=token_ids,
-            sampling=prompts.sampling(
-                chat,
-                max_tokens=max_tokens,
-                logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
-                prompt_logprobs=chat.prompt_logprobs,
-                choice=choice,
-            ),
-            priority=chat.priority or 0,
-            cache_salt=chat.cache_salt or "",
-            stream=bool(chat.stream),
-        )
-        for choice in range(chat.num_choices)
-    ]
-    shape = ChatShape(services, chat, head, num_prompt=len(token_ids))
-    return Prepared(requests, shape, bool(chat.stream))
+    turn = Turn(
+        messages=chat.messages,
+        param="messages",
+        tools=tool_use(
+            chat.tools, chat.tool_choice, parallel=chat.parallel_tool_calls is not False
+        ),
+        max_tokens=chat.limit,
+        logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        add_generation_prompt=chat.add_generation_prompt is not False,
+        template_arguments=chat.chat_template_kwargs,
+    )
+    prepared = prepare_turn(services, chat, turn, head)
+    shape = ChatShape(services, chat, head, prepared)
+    return Prepared(prepared.requests, shape, bool(chat.stream))
 
 
 class ChatShape:
     """Words the outputs of one chat request: which choices have begun, and what each has used."""
 
     def __init__(
-        self, services: Services, chat: ChatCompletionRequest, head: Head, *, num_prompt: int
+        self, services: Services, chat: ChatCompletionRequest, head: Head, prepared: PreparedTurn
     ) -> None:
         self._texts = services.texts
         self._num_top = chat.top_logprobs or 0
         self._num_choices = chat.num_choices
         self._usage = UsageOptions.of(chat)
         self._head = head
-        self._num_prompt = num_prompt
+        self._num_prompt = prepared.num_prompt
+        self._parsers = prepared.parsers
         self._num_generated: dict[int, int] = {}
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[replies.Reply]:
-        """The role before a choice's first output, then its text as far as there is any."""
+        """The role before a choice's first output, then what it says as far as that is known."""
         if index not in self._num_generated:
             self._num_generated[index] = 0
             yield self._chunk(index, replies.Delta(role="assistant", content=""))
         self._num_generated[index] += len(output.token_ids)
-        if output.text or output.logprobs or output.finish_reason:
-            delta = replies.Delta(content=output.text) if output.text else replies.Delta()
-            yield self._chunk(index, delta, output)
+        events = self._events(index, output)
+        if events or output.logprobs or output.finish_reason:
+            yield self._chunk(index, delta_of(events), output)
+
+    def _events(self, index: int, output: RequestOutput) -> list[Event]:
+        parser = self._parsers[index]
+        events = parser.feed(output.text)
+        return events + parser.finish() if output.finish_reason else events
 
     def usage_chunk(self, usages: Sequence[Usage]) -> replies.Reply | None:
         if not self._usage.at_end:
@@ -111,9 +108,9 @@ class ChatShape:
         assert output.finish_reason is not None
         return replies.ChatChoice(
             index=index,
-            message=replies.AssistantMessage(role="assistant", content=output.text, refusal=None),
+            message=message_of(Answer.of(self._events(index, output))),
             logprobs=self._logprobs(output),
-            finish_reason=FINISH_NAMES[output.finish_reason],
+            finish_reason=finish_name(output.finish_reason, self._parsers[index]),
             stop_reason=output.stop_reason,
         )
 
@@ -131,7 +128,7 @@ class ChatShape:
             index=index,
             delta=delta,
             logprobs=self._logprobs(output),
-            finish_reason=FINISH_NAMES[finish] if finish else None,
+            finish_reason=finish_name(finish, self._parsers[index]) if finish else None,
             **extra,
         )
         return self._with_choices([choice], self._usage_so_far(index))

@@ -25,6 +25,10 @@ class Engine(Protocol):
 class Tokenizer(Protocol):
     """Text to token ids and back. Called on threads, several at once."""
 
+    @property
+    def tool_template(self) -> str | None:
+        """The text of the chat template that shows tools, if there is one."""
+
     def encode(self, text: str, *, add_special: bool = True) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str: ...

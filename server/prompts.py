@@ -11,9 +11,12 @@ from ..errors import InvalidParameter, ModelNotFound, Overloaded, PromptTooLong
 from ..request import SamplingParams
 from .admission import RETRY_QUEUE
 from .errors import echo
+from .messages import Message
 from .ports import Tokenizer
-from .schemas import GenerationRequest, Message
+from .schemas import GenerationRequest
 from .settings import SamplingDefaults, ServerSettings
+from .tools.prompt import ToolPrompting
+from .tools.schemas import Tool
 
 T = TypeVar("T")
 
@@ -57,26 +60,30 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, settings: ServerSettings) -> None:
         self._tokenizer = tokenizer
         self._settings = settings
+        self.tools = ToolPrompting.of(settings.tool_call_parser, tokenizer.tool_template)
 
     def check_model(self, name: str | None) -> None:
         """Raise ``ModelNotFound`` unless the name, if there is one, is one we serve."""
         if name is not None and name not in self._settings.model_names:
             raise ModelNotFound(f"The model {echo(name)} does not exist", param="model")
 
-    def chat(
+    def render(
         self,
         messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
         *,
         add_generation_prompt: bool = True,
         arguments: dict[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation. The template writes its own special tokens."""
-        text = self._tokenizer.apply_chat_template(
-            [message.for_template() for message in messages],
+    ) -> str:
+        """The text of a conversation. The template writes its own special tokens."""
+        turns = [message.for_template() for message in messages]
+        shown, offered = self.tools.prompt(turns, tools)
+        return self._tokenizer.apply_chat_template(
+            shown,
             add_generation_prompt=add_generation_prompt,
+            tools=offered,
             **self._checked(arguments or {}),
         )
-        return self.encode(text, add_special=False, param="messages")
 
     def _checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
         taken = sorted(_TEMPLATE_NAMES & arguments.keys())

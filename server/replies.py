@@ -88,10 +88,26 @@ class CompletionLogprobs(Reply):
     top_logprobs: list[dict[str, float] | None] | None
 
 
+class CalledFunction(Reply):
+    name: str | None = None  # in the first piece of a streamed call
+    arguments: str
+
+
+class ToolCall(Reply):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Reply):
+    """Reasoning goes by two names: most servers' and clients', and vLLM's newer one."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] = []
 
 
 class ChatChoice(Reply):
@@ -112,9 +128,21 @@ class ChatCompletion(Reply):
     prompt_logprobs: PromptLogprobs | None = None
 
 
+class DeltaCall(Reply):
+    """A piece of a call; the first one has its id, type and name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
 class Delta(Reply):
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[DeltaCall] = []
 
 
 class ChatChunkChoice(Reply):

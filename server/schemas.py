@@ -7,20 +7,14 @@ ignored, as clients expect. What needs the model or its tokenizer is checked in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ..errors import InvalidParameter
 from ..request import MAX_LOGPROBS
-from .errors import bounded
+from .body import Strict
+from .messages import Messages
 from .settings import (
     MAX_BAD_WORDS,
     MAX_CHOICES,
@@ -31,15 +25,14 @@ from .settings import (
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
 )
+from .tools.schemas import ToolChoice, Tools
 
 _INT64 = 1 << 63
 _MAX_TOKEN_ID = 1 << 31
 
 # Values with which an unsupported field asks for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none",),
     "function_call": ("none",),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -71,13 +64,7 @@ TokenId = Annotated[int, Field(ge=0, lt=_MAX_TOKEN_ID)]
 TokenIds = list[int]
 
 
-class _Strict(BaseModel):
-    """No coercion: a number in quotes is an error. Unknown names are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
@@ -92,7 +79,7 @@ Stop = Annotated[
 ]
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """The fields that chat and text completions share."""
 
     model_config = ConfigDict(extra="allow")
@@ -157,71 +144,6 @@ class GenerationRequest(_Strict):
         return value is None or value in _NEUTRAL.get(name, ())
 
 
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-def _text_content(value: object) -> object:
-    """Content as one string. Parts are joined by a newline; other than text they are refused."""
-    if not isinstance(value, list):
-        return value
-    return "\n".join(_part_text(position, part) for position, part in enumerate(value))
-
-
-def _part_text(position: int, part: object) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get("text") if isinstance(part, dict) else None
-    if isinstance(kind, str) and kind != "text":
-        raise ValueError(
-            f"part {position} is of type {bounded(kind, 64)!r}, and this model takes text only"
-        )
-    if kind != "text" or not isinstance(text, str):
-        raise ValueError(f'part {position} must look like {{"type": "text", "text": "…"}}')
-    return text
-
-
-Content = Annotated[
-    str | None,
-    BeforeValidator(_text_content),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": TextPart.model_json_schema()},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
-
-
-class Message(_Strict):
-    """One turn of a conversation, text only."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content = None
-    name: Annotated[str, Field(max_length=256)] | None = None
-
-    @model_validator(mode="after")
-    def _check_content(self) -> Self:
-        for name in ("tool_calls", "function_call", "audio"):
-            if (self.model_extra or {}).get(name):
-                raise ValueError(f"{name} in messages is not supported here")
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"content is required in a message of role {self.role}")
-        return self
-
-    def for_template(self) -> dict[str, str]:
-        """The message as templates know it: "developer" is OpenAI's newer word for "system"."""
-        role = "system" if self.role == "developer" else self.role
-        named = {"name": self.name} if self.name else {}
-        return {"role": role, "content": self.content or "", **named}
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
 TemplateArguments = dict[str, Any]
 
 
@@ -232,6 +154,9 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
 
@@ -320,13 +245,14 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """Body of ``POST /tokenize``: either a prompt or messages."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
@@ -338,7 +264,7 @@ class TokenizeRequest(_Strict):
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """Body of ``POST /detokenize``."""
 
     model: str | None = None

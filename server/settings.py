@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 # A prompt as JSON token ids takes at most about eight bytes a token, as text less than that.
 _BYTES_PER_TOKEN = 16
@@ -16,6 +17,22 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 128
+MAX_TOOLS = 128
+
+
+class ToolCallParser(StrEnum):
+    """The form in which a model writes calls of tools."""
+
+    AUTO = "auto"  # the one that its chat template asks for
+    HERMES = "hermes"
+    LLAMA3_JSON = "llama3_json"
+
+
+class ReasoningParser(StrEnum):
+    """Models by what they do without an opening mark, in text and prompt: think, or answer."""
+
+    DEEPSEEK_R1 = "deepseek_r1"
+    QWEN3 = "qwen3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +54,8 @@ class ServerSettings:
     max_model_len: int  # prompt and completion together, in tokens
     vocab_size: int
     defaults: SamplingDefaults = SamplingDefaults()
+    tool_call_parser: ToolCallParser = ToolCallParser.AUTO
+    reasoning_parser: ReasoningParser | None = None  # None: reasoning stays in the content
     api_keys: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     metrics_prefix: str = "nsa_serve"

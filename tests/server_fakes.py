@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import openai
 
 from nsa_serve.errors import EngineDead, TemplateError
 from nsa_serve.request import (
@@ -29,7 +30,14 @@ MODEL = "fake"
 
 
 class ByteTokenizer:
-    """Every byte is a token, id 256 begins a text, id 257 ends one."""
+    """Every byte is a token, id 256 begins a text, id 257 ends one.
+
+    With a ``tool_template`` it shows tools by itself, before the conversation.
+    """
+
+    def __init__(self, tool_template: str | None = None) -> None:
+        self.tool_template = tool_template
+        self.turns: list[Mapping[str, Any]] = []  # of the last conversation
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         return [BOS] * (add_special and bool(text)) + list(text.encode())
@@ -45,12 +53,15 @@ class ByteTokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
+        self.turns = list(messages)
         if variables.get("refuse"):
             raise TemplateError("this template refuses", param="messages")
         turns = "".join(f"<{m['role']}>{m['content']}" for m in messages)
-        return turns + "<assistant>" * add_generation_prompt
+        shown = f"<tools>{json.dumps(tools)}" if tools else ""
+        return shown + turns + "<assistant>" * add_generation_prompt + variables.get("begin", "")
 
 
 def entry(token_id: int, num_top: int) -> TokenLogprob:
@@ -174,6 +185,13 @@ class Server:
         self.client = client
         self.services = app.state.services
 
+    @property
+    def openai(self) -> openai.AsyncOpenAI:
+        """The official client, speaking to the application without a socket."""
+        return openai.AsyncOpenAI(
+            base_url="http://server/v1", api_key="none", max_retries=0, http_client=self.client
+        )
+
     async def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         return await self.client.post(path, json=body, **options)
 
@@ -186,11 +204,13 @@ class Server:
 
 
 @asynccontextmanager
-async def fake_server(**settings: Any) -> AsyncIterator[Server]:
+async def fake_server(
+    tokenizer: ByteTokenizer | None = None, **settings: Any
+) -> AsyncIterator[Server]:
     """A server of the fake model with these settings in place of the defaults."""
     engine = FakeEngine()
     known = {"model_names": (MODEL,), "max_model_len": 1000, "vocab_size": VOCAB}
-    app = create_app(engine, ByteTokenizer(), ServerSettings(**{**known, **settings}))
+    app = create_app(engine, tokenizer or ByteTokenizer(), ServerSettings(**{**known, **settings}))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:

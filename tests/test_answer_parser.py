@@ -10,13 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nsa_serve.server.answer.call_parser import CALL_LIST, HERMES, LLAMA3_JSON, CallParser
-from nsa_serve.server.answer.events import CallArguments, CallBegun, Content, Reasoning
+from nsa_serve.server.answer.events import Answer, CallArguments, CallBegun, Content
 from nsa_serve.server.answer.parser import AnswerParser
-from nsa_serve.server.answer.reasoning import (
-    ReasoningParser,
-    ReasoningSplitter,
-    reasoning_splitter,
-)
+from nsa_serve.server.answer.reasoning import ReasoningSplitter, reasoning_splitter
+from nsa_serve.server.settings import ReasoningParser
 
 NAMES = frozenset(("weather", "add"))
 FORMS = {"hermes": HERMES, "llama": LLAMA3_JSON, "list": CALL_LIST}
@@ -32,21 +29,12 @@ def read(pieces, make):
     """(reasoning, content, [(name, arguments)]) of an answer that comes in these pieces."""
     machine = make()
     events = [event for piece in pieces for event in machine.feed(piece)] + machine.finish()
-    reasoning, content, calls = "", "", []
-    for event in events:
-        match event:
-            case Reasoning(text):
-                reasoning += text
-            case Content(text):
-                content += text
-            case CallBegun(index, name):
-                assert index == len(calls)
-                calls.append((name, ""))
-            case CallArguments(index, text):
-                assert index == len(calls) - 1
-                calls[index] = (calls[index][0], calls[index][1] + text)
-    assert machine.num_calls >= len(calls)
-    return reasoning, content, calls
+    answer = Answer.of(events)
+    indices = [event.index for event in events if isinstance(event, CallBegun)]
+    assert indices == list(range(len(answer.calls)))
+    assert machine.num_calls >= len(answer.calls)
+    calls = [(call.name, call.arguments) for call in answer.calls]
+    return answer.reasoning, answer.content, calls
 
 
 def call(name, arguments, key="arguments"):

@@ -89,8 +89,6 @@ def test_a_number_that_is_none_is_refused(value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "auto"),
         ("functions", [{"name": "f"}]),
         ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
@@ -149,7 +147,16 @@ def test_a_prompt_of_no_known_form_is_refused(prompt):
             "text only",
         ),
         ([{"role": "user", "content": [{"text": "x"}]}], "messages[0].content", "part 0"),
-        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0]", "tool_calls"),
+        (
+            [{"role": "assistant", "tool_calls": [{}]}],
+            "messages[0].tool_calls[0].function",
+            "required",
+        ),
+        (
+            [{"role": "user", "content": "", "tool_calls": []}, {"role": "tool"}],
+            "messages[1]",
+            "content is required",
+        ),
     ],
 )
 def test_messages_that_can_not_be_used_are_named(messages, param, text):

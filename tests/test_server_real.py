@@ -156,7 +156,7 @@ BAD = [
     ({"temperature": "hot"}, openai.BadRequestError, "temperature"),
     ({"stop": [""]}, openai.BadRequestError, "stop[0]"),
     ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "logit_bias"),
-    ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
+    ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools[0].function"),
     ({"model": "gpt-5"}, openai.NotFoundError, "model"),
     ({"messages": []}, openai.BadRequestError, "messages"),
     (

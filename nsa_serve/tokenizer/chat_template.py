@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -47,6 +47,7 @@ class ChatTemplate:
                 self._templates[name] = environment.from_string(text)
             except TemplateError as error:
                 raise errors.CheckpointError(f"chat template {name!r}: {error}") from error
+        self.tool_template = _tool_template(environment, templates)
 
     def render(
         self,
@@ -88,6 +89,13 @@ class ChatTemplate:
                 param="messages",
             )
         return self._templates[DEFAULT_TEMPLATE]
+
+
+def _tool_template(environment: jinja2.Environment, templates: Mapping[str, str]) -> str | None:
+    """The text of the template that shows tools; None where none does."""
+    text = templates.get(_TOOL_TEMPLATE, templates.get(DEFAULT_TEMPLATE, ""))
+    shows = "tools" in meta.find_undeclared_variables(environment.parse(text))
+    return text if shows else None
 
 
 def _guarded(render: Callable[[], str]) -> str:

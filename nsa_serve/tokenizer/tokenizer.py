@@ -34,6 +34,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self.source.chat_templates)
 
+    @property
+    def tool_template(self) -> str | None:
+        """The chat template that shows tools; None where the model has none."""
+        return self._chat_template.tool_template
+
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of ``text``. ``add_special`` adds the tokens that begin (or end) a text, where
         the model has such.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +56,38 @@ def merged(events: Iterable[Event]) -> list[Event]:
             case _:
                 joined.append(event)
     return joined
+
+
+@dataclass(slots=True)
+class Call:
+    """A whole call, or as much of it as came."""
+
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class Answer:
+    """Everything that was said, as it grows."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[Call] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> Answer:
+        answer = cls()
+        for event in events:
+            answer.add(event)
+        return answer
+
+    def add(self, event: Event) -> None:
+        match event:
+            case Reasoning(text):
+                self.reasoning += text
+            case Content(text):
+                self.content += text
+            case CallBegun(_, name):
+                self.calls.append(Call(name))
+            case CallArguments(index, text):
+                self.calls[index].arguments += text

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import StrEnum
 
+from ..settings import ReasoningParser
 from .events import Content, Event, Reasoning
 from .machine import Step, TextMachine
 from .marks import SPACE, Trim, split_at
 
 _OPENING, _CLOSING = "<think>", "</think>"
-
-
-class ReasoningParser(StrEnum):
-    """Models by what they do without an opening mark, in text and prompt: think, or answer."""
-
-    DEEPSEEK_R1 = "deepseek_r1"
-    QWEN3 = "qwen3"
 
 
 class ReasoningSplitter(TextMachine):

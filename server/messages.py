@@ -1,0 +1,120 @@
+"""The turns of a conversation as clients send them, and as chat templates know them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from .body import Strict
+from .errors import bounded
+from .settings import MAX_TOOLS
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+def _text_content(value: object) -> object:
+    """Content as one string. Parts are joined by a newline; other than text they are refused."""
+    if not isinstance(value, list):
+        return value
+    return "\n".join(_part_text(position, part) for position, part in enumerate(value))
+
+
+def _part_text(position: int, part: object) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get("text") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind != "text":
+        raise ValueError(
+            f"part {position} is of type {bounded(kind, 64)!r}, and this model takes text only"
+        )
+    if kind != "text" or not isinstance(text, str):
+        raise ValueError(f'part {position} must look like {{"type": "text", "text": "…"}}')
+    return text
+
+
+Content = Annotated[
+    str | None,
+    BeforeValidator(_text_content),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": TextPart.model_json_schema()},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+Name = Annotated[str, Field(max_length=256)]
+
+
+class CalledFunction(Strict):
+    name: Name
+    arguments: str  # JSON, as far as the model kept to it
+
+
+class ToolCall(Strict):
+    """A call that the assistant made in an earlier turn."""
+
+    id: Name | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments as JSON themselves, so they get the object."""
+        function = {"name": self.function.name, "arguments": arguments_of(self.function.arguments)}
+        named = {"id": self.id} if self.id else {}
+        return {**named, "type": "function", "function": function}
+
+
+def arguments_of(text: str) -> Any:
+    """The object that a call's arguments are, or their text where they are none."""
+    try:
+        parsed = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed if isinstance(parsed, dict) else text
+
+
+class Message(Strict):
+    """One turn of a conversation, text only."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = None
+    name: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Name | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's newer name of the same
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        for name in ("function_call", "audio"):
+            if (self.model_extra or {}).get(name):
+                raise ValueError(f"{name} in messages is not supported here")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are of the assistant, not of role {self.role}")
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content is required in a message of role {self.role}")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as templates know it: "developer" is OpenAI's newer word for "system"."""
+        given = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content or self.reasoning,
+            "tool_calls": [call.for_template() for call in self.tool_calls or ()],
+        }
+        role = "system" if self.role == "developer" else self.role
+        extra = {name: value for name, value in given.items() if value}
+        return {"role": role, "content": self.content or "", **extra}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
