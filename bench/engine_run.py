@@ -15,6 +15,7 @@ from ..engine.build import EngineParts, build_parts
 from ..engine.engine import Engine
 from ..errors import ConfigError
 from ..request import EngineRequest, FinishReason, Request, RequestOutput, SamplingParams
+from ..runner.worker import Worker
 
 SHAPES = Path(__file__).parent / "shapes"
 
@@ -37,7 +38,7 @@ class BenchEngine:
     """The engine and the parts that a measurement looks at."""
 
     engine: Engine
-    parts: EngineParts
+    parts: EngineParts[Worker]
     load_seconds: float
     outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
 

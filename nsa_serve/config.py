@@ -45,6 +45,7 @@ class ModelSource:
     max_model_len: int | None = None  # None: the checkpoint's context
     chat_template: str | None = None  # a file
     random_weights: bool = False  # benchmarks of a shape without a checkpoint
+    mock_token_rate: float | None = None  # no model at all: tokens/s of each request
     seed: int = 0
 
     @property
@@ -130,6 +131,8 @@ class EngineConfig:
         _need(0 < share <= 1, f"--gpu-memory-utilization must be in (0, 1], not {share}")
         kv = self.cache.kv_cache_memory_bytes
         _need(kv is None or kv > 0, f"--kv-cache-memory-bytes must be positive, not {kv}")
+        rate = self.source.mock_token_rate
+        _need(rate is None or 0 < rate <= 1e6, f"--mock-engine must be tokens/s, not {rate}")
         length = self.source.max_model_len
         _need(length is None or length > 0, f"--max-model-len must be positive, not {length}")
         return self

@@ -150,6 +150,15 @@ class ServeFlags:
         str,
         _flag(_MODEL, "--load-format", help="auto, or dummy for random weights (benchmarks)."),
     ] = "auto"
+    mock_engine: Annotated[
+        float | None,
+        _flag(
+            _MODEL,
+            "--mock-engine",
+            metavar="RATE",
+            help="No model: a fixed text at RATE tokens/s for each request (front-end tests).",
+        ),
+    ] = None
     seed: Annotated[int, _flag(_MODEL, "--seed", help="Seed of the engine.")] = 0
 
     gpu_memory_utilization: Annotated[
@@ -241,6 +250,7 @@ class ServeFlags:
             model=self.positional or self.model,
             served_model_name=self.served_model_name[0] if self.served_model_name else None,
             random_weights=self.load_format == "dummy",
+            mock_token_rate=self.mock_engine,
             kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
             enable_prefix_caching=self.prefix_caching,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from ..cache.manager import CacheManager
 from ..config import EngineConfig
@@ -12,23 +13,25 @@ from ..runner.worker import Worker
 from ..schedule.scheduler import Scheduler
 from ..tokenizer import Tokenizer, read_source
 from .messages import EngineDescription
+from .mock import MockWorker
 
 OnProgress = Callable[[int, int], None]  # (bytes of weights read, bytes in all)
+W = TypeVar("W", Worker, MockWorker)
 
 
 @dataclass(frozen=True, slots=True)
-class EngineParts:
+class EngineParts(Generic[W]):
     """What ``Engine`` owns, made for each other."""
 
     scheduler: Scheduler
     cache: CacheManager
-    worker: Worker
+    worker: W
     tokenizer: Tokenizer | None
     depth: int
     description: EngineDescription
 
 
-def build_parts(config: EngineConfig, on_progress: OnProgress | None = None) -> EngineParts:
+def build_parts(config: EngineConfig, on_progress: OnProgress | None = None) -> EngineParts[Worker]:
     """Load the model and size everything by it.
 
     Raises ``ConfigError`` or ``CheckpointError`` where that can't be done; the tokenizer is read
@@ -36,7 +39,18 @@ def build_parts(config: EngineConfig, on_progress: OnProgress | None = None) -> 
     """
     checkpoint = resolve(config.source)
     tokenizer = read_tokenizer(config, checkpoint)
-    worker = Worker(config, on_progress)
+    return _join(config, checkpoint, tokenizer, Worker(config, on_progress))
+
+
+def build_mock_parts(config: EngineConfig) -> EngineParts[MockWorker]:
+    """The same around a worker without a model."""
+    checkpoint = resolve(config.source)
+    return _join(config, checkpoint, read_tokenizer(config, checkpoint), MockWorker(config))
+
+
+def _join(
+    config: EngineConfig, checkpoint: Checkpoint, tokenizer: Tokenizer | None, worker: W
+) -> EngineParts[W]:
     cache = CacheManager(
         worker.num_blocks,
         worker.page,
@@ -66,7 +80,10 @@ def read_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | 
 
 
 def describe(
-    config: EngineConfig, checkpoint: Checkpoint, worker: Worker, tokenizer: Tokenizer | None
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    worker: Worker | MockWorker,
+    tokenizer: Tokenizer | None,
 ) -> EngineDescription:
     model = worker.model_config
     return EngineDescription(

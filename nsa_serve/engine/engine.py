@@ -20,7 +20,7 @@ from ..schedule.plan import SampledToken, StepPlan, StepResult
 from ..schedule.scheduler import Scheduler, StepUpdate
 from ..stats import StatsSnapshot
 from ..tokenizer import Tokenizer
-from .build import OnProgress, build_parts
+from .build import EngineParts, OnProgress, W, build_mock_parts, build_parts
 from .checks import check_request
 from .messages import EngineDescription
 from .output import OutputState
@@ -95,7 +95,12 @@ class Engine:
 
         Raises ``ConfigError`` or ``CheckpointError``.
         """
-        parts = build_parts(config, on_progress)
+        if config.source.mock_token_rate is not None:
+            return cls._of(build_mock_parts(config))
+        return cls._of(build_parts(config, on_progress))
+
+    @classmethod
+    def _of(cls, parts: EngineParts[W]) -> Self:
         return cls(
             parts.scheduler,
             parts.cache,
