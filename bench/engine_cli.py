@@ -1,0 +1,176 @@
+"""``nsa-serve bench kernels | latency | throughput``: tables, JSON and plots."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from . import latency as engine_latency
+from . import throughput as engine_throughput
+from .engine_run import BenchEngine
+from .measure import Ceilings, environment, measure_ceilings
+from .report import console, save_json, save_plot, show_table
+
+RESULTS = Path("bench-results")
+app = typer.Typer()
+
+ShapeOption = Annotated[
+    str, typer.Option(help="A shape that ships (8b, 135m) or a folder with a config.json.")
+]
+DirOption = Annotated[Path, typer.Option("--result-dir", help="Where JSON and plots go.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+AttentionOption = Annotated[str, typer.Option(help="auto, nsa or dense.")]
+CacheOption = Annotated[
+    int | None, typer.Option(help="Bytes of the KV cache; by default what memory is left.")
+]
+
+
+@app.command()
+def kernels(
+    result_dir: DirOption = RESULTS,
+    num_q_heads: Annotated[int, typer.Option(min=1)] = 64,
+    num_kv_heads: Annotated[int, typer.Option(min=1)] = 4,
+    head_dim: Annotated[int, typer.Option(min=16)] = 128,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Prompt lengths; repeatable. Default 8k to 64k.")
+    ] = None,
+) -> None:
+    """One layer's kernels against torch SDPA and xformers, prefill and decode, on this GPU."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("bench kernels needs a CUDA GPU, and torch finds none")
+    # Triton is an optional part, and absent where there is no GPU.
+    from ..kernels.shapes import NSAShape
+    from . import kernels as room
+    from .synthetic import AttentionShape
+
+    shape, nsa = AttentionShape(num_q_heads, num_kv_heads, head_dim, head_dim), NSAShape()
+    ceilings = measure_ceilings()
+    rows: list[room.Row] = []
+    with console.status("measuring") as status:
+        for size in length or room.PREFILL_LENGTHS:
+            status.update(f"prefill of {size} tokens")
+            rows += room.prefill_rows(shape, nsa, size, ceilings)
+            torch.cuda.empty_cache()
+        for num_rows, context in room.DECODE_CASES:
+            status.update(f"decode, {num_rows} × {context}")
+            rows += room.decode_rows(shape, nsa, num_rows, context, ceilings)
+            torch.cuda.empty_cache()
+    show_table(
+        f"one layer, {num_q_heads} query and {num_kv_heads} KV heads of {head_dim}, bf16",
+        ("pass", "requests", "context", "ms", "spread", "floor", "× floor", "error"),
+        [
+            (f"{r.phase}: {r.name}", r.num_rows, r.context_len, r.timing.median, r.timing.spread,
+             r.floor, r.timing.median / r.floor if r.floor else None, r.error)
+            for r in rows
+        ],
+    )  # fmt: skip
+    record = {**_conditions(ceilings), "shape": asdict(shape), "nsa": asdict(nsa)}
+    save_json(result_dir / "kernels.json", {**record, "rows": [row.record() for row in rows]})
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row.phase == "prefill":
+            lines[row.name].append((row.context_len, row.timing.median))
+    save_plot(result_dir / "kernels_prefill.png", "Prefill, one layer", "ms", lines)
+
+
+@app.command()
+def latency(
+    shape: ShapeOption = "8b",
+    attention: AttentionOption = "auto",
+    device: DeviceOption = "auto",
+    result_dir: DirOption = RESULTS,
+    kv_cache_memory_bytes: CacheOption = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest context served.")] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step: the size of a prefill chunk.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts timed for each TTFT.")] = 3,
+) -> None:
+    """Time to first token and decode steps of a whole engine, random weights, by context."""
+    bench = BenchEngine.start(
+        shape, attention=attention, device=device, kv_cache_memory_bytes=kv_cache_memory_bytes,
+        max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens,
+    )  # fmt: skip
+    console.print(f"{shape}: {bench.parts.worker.describe()}; ready in {bench.load_seconds:.1f} s")
+    ceilings = _ceilings()
+    points = []
+    with console.status("measuring") as status:
+        for point in engine_latency.measure(bench, ceilings, repeats=repeats):
+            status.update(f"{point.what}, {point.num_requests} × {point.context_len}")
+            points.append(point)
+    show_table(
+        f"engine, shape {shape}, {bench.parts.description.attention}",
+        ("", "requests", "context", "ms", "spread", "floor", "× floor", "tokens/s"),
+        [
+            (p.what, p.num_requests, p.context_len, p.timing.median, p.timing.spread, p.floor,
+             p.timing.median / p.floor, p.record()["tokens_per_s"])
+            for p in points
+        ],
+    )  # fmt: skip
+    record = {**_conditions(ceilings), **_engine_conditions(shape, bench)}
+    name = f"latency_{Path(shape).name}_{bench.parts.description.attention}"
+    save_json(result_dir / f"{name}.json", {**record, "points": [p.record() for p in points]})
+    ttft = [(p.context_len, p.timing.median) for p in points if p.what == "ttft"]
+    floor = [(p.context_len, p.floor) for p in points if p.what == "ttft"]
+    if ttft:
+        save_plot(result_dir / f"{name}.png", f"TTFT, {shape}", "ms", {"TTFT": ttft}, floor)
+
+
+@app.command()
+def throughput(
+    shape: ShapeOption = "8b",
+    attention: AttentionOption = "auto",
+    device: DeviceOption = "auto",
+    num_prompts: Annotated[int, typer.Option(min=1)] = 64,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 1024,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    range_ratio: Annotated[float, typer.Option(min=0, max=1, help="Lengths vary by ±.")] = 0.0,
+    seed: int = 0,
+    kv_cache_memory_bytes: CacheOption = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests in a step.")] = 256,
+    result_dir: DirOption = RESULTS,
+) -> None:
+    """Tokens per second of many requests at once, offline, random weights."""
+    bench = BenchEngine.start(
+        shape, attention=attention, device=device, kv_cache_memory_bytes=kv_cache_memory_bytes,
+        max_num_seqs=max_num_seqs, max_num_queued_reqs=num_prompts,
+    )  # fmt: skip
+    load = engine_throughput.Load(num_prompts, input_len, output_len, range_ratio, seed)
+    warm = engine_throughput.Load(min(4, num_prompts), 64, 4, seed=seed + 1)
+    engine_throughput.measure(bench, warm)
+    found = engine_throughput.measure(bench, load)
+    show_table(
+        f"throughput, shape {shape}, {bench.parts.description.attention}", ("", ""), found.items()
+    )
+    record = {**_conditions(None), **_engine_conditions(shape, bench), **found}
+    save_json(result_dir / f"throughput_{Path(shape).name}.json", record)
+
+
+def _ceilings() -> Ceilings:
+    if torch.cuda.is_available():
+        return measure_ceilings()
+    raise typer.BadParameter("bench latency needs a CUDA GPU; see nsa_serve.bench.cpu for a CPU")
+
+
+def _conditions(ceilings: Ceilings | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"environment": environment()}
+    return found if ceilings is None else {**found, "ceilings": asdict(ceilings)}
+
+
+def _engine_conditions(shape: str, bench: BenchEngine) -> dict[str, Any]:
+    worker = bench.parts.worker
+    return {
+        "shape": shape,
+        "attention": bench.parts.description.attention,
+        "dtype": worker.dtype_name,
+        "weight_bytes": worker.num_weight_bytes,
+        "cache_bytes": worker.num_cache_bytes,
+        "token_budget": worker.token_budget,
+        "max_model_len": worker.max_model_len,
+        "load_seconds": bench.load_seconds,
+    }
