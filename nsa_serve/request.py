@@ -36,6 +36,7 @@ class GrammarSpec(msgspec.Struct, frozen=True):
 
     kind: GrammarKind
     text: str
+    param: str = "grammar"  # the request's field that it came in, for errors
 
 
 # Any JSON object: OpenAI's ``json_object``.
@@ -128,6 +129,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
     error: str | None = None  # with FinishReason.ERROR
+    error_param: str | None = None  # the request's field that is at fault, where one is
     trace: list[TokenTrace] | None = None  # only if asked for, with finish_reason
     usage: Usage | None = None  # always with finish_reason
     times: RequestTimes | None = None  # always with finish_reason
@@ -167,6 +169,8 @@ class Request:
     limit: int = 0  # total tokens at which it ends by length
     last_step: int = -1  # last launched step that reads or writes its blocks
     prompt_logprobs_to: int = 0  # first position whose log-probability was not given out yet
+    mask: bytes | None = None  # a bit for each token that the grammar allows next
+    mask_position: int = -1  # number of tokens that ``mask`` follows
 
     @property
     def num_prompt(self) -> int:
@@ -176,6 +180,11 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens known to the device: prompt, outputs and those in flight."""
         return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_in_flight
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether no next token may be sampled yet: the grammar hasn't seen the last one."""
+        return self.sampling.grammar is not None and self.mask_position != self.num_tokens
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop) of prompt followed by outputs; those in flight are not here."""

@@ -49,9 +49,17 @@ class Draft:
         known = len(request.prompt_token_ids) + len(request.output_token_ids)
         samples = stop == known + request.num_in_flight
         token_ids = request.token_ids(start, min(stop, known)) if start < known else []
+        assert not (samples and request.awaits_mask), "a token is sampled without its mask"
         self.chunks.append(
             ScheduledChunk(
-                row, request.request_id, start, num_tokens, token_ids, new_block_ids, samples
+                row,
+                request.request_id,
+                start,
+                num_tokens,
+                token_ids,
+                new_block_ids,
+                samples,
+                mask=request.mask if samples else None,
             )
         )
         self.requests.append(request)

@@ -30,6 +30,7 @@ class ScheduledChunk(msgspec.Struct, frozen=True):
     token_ids: list[int]  # the known ones; where shorter than num_tokens, the rest is on the device
     new_block_ids: list[int]  # appended to the row's block table before the step
     samples: bool  # the chunk reaches the request's last token, so a next token is sampled
+    mask: bytes | None = None  # bits of the tokens that may be sampled; None: all
 
 
 class StepPlan(msgspec.Struct, frozen=True):

@@ -28,6 +28,7 @@ class Roster:
         self.queue = WaitingQueue(self.order)
         self.running: list[Request] = []  # in the policy's order
         self.retiring: list[Request] = []
+        self.held: dict[int, Request] = {}  # by index: those whose grammar is being compiled
         self._cache = cache
         self._stats = stats
         self._door = Door(config, cache, max_model_len)
@@ -44,6 +45,11 @@ class Roster:
     @property
     def num_waiting(self) -> int:
         return len(self.requests) - len(self.running)
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether some request waits for its grammar, and others perhaps for its blocks."""
+        return any(request.awaits_mask for request in self.requests.values())
 
     def add(self, request: EngineRequest, now: float) -> Request:
         """Let a request into the queue; errors as of ``Door.check``."""
@@ -62,8 +68,16 @@ class Roster:
         self.requests[accepted.request_id] = accepted
         self._cache.add(accepted)
         self._door.enter(accepted)
-        self.queue.push(accepted)
+        if accepted.awaits_mask:
+            self.held[accepted.index] = accepted
+        else:
+            self.queue.push(accepted)
         return accepted
+
+    def unhold(self, request: Request) -> None:
+        """A request that was held, if it was, takes its place in the queue."""
+        if self.held.pop(request.index, None) is not None:
+            self.queue.push(request)
 
     def start(self, match: Match) -> Request:
         """The first in the queue runs; the pages of its match count as computed."""
@@ -113,7 +127,9 @@ class Roster:
             self._retire(request)
             return
         self._door.leave(request)
-        if request.last_step <= self._applied:  # else it is retiring already
+        if self.held.pop(request.index, None) is not None:
+            self._cache.remove(request)
+        elif request.last_step <= self._applied:  # else it is retiring already
             self.queue.forget()
             self._cache.remove(request)
 
@@ -127,7 +143,8 @@ class Roster:
     def check(self) -> None:
         """Each request is in one place, with its blocks; rows and queued tokens add up."""
         waiting = self.queue.live()
-        places = [r.index for r in (*waiting, *self.running, *self.retiring)]
+        held = self.held.values()
+        places = [r.index for r in (*waiting, *held, *self.running, *self.retiring)]
         assert len(set(places)) == len(places), "a request is in two places"
         ended = {r.index for r in self.retiring if r.status is RequestStatus.FINISHED}
         live = {r.index for r in self.requests.values()}

@@ -90,7 +90,7 @@ class Scheduler:
         return self._roster.num_waiting
 
     def add(self, request: EngineRequest, now: float) -> Request:
-        """Accept a request into the queue.
+        """Accept a request into the queue. One with a grammar waits beside it for ``allow``.
 
         Raises ``InvalidParameter`` (empty prompt, id in use), ``PromptTooLong`` (more than the
         context, or than the whole cache, can hold) or ``Overloaded`` (the queue is full).
@@ -112,6 +112,13 @@ class Scheduler:
             self._roster.end(request, reason, now)
         return request
 
+    def allow(self, request_id: str, mask: bytes) -> None:
+        """The tokens that a request's grammar allows next; the first mask lets it queue."""
+        request = self._roster.requests[request_id]
+        assert not request.num_in_flight, "a mask for a token behind one that is in flight"
+        request.mask, request.mask_position = mask, request.num_tokens
+        self._roster.unhold(request)
+
     def reset_prefix_cache(self) -> None:
         """Forget all shared content. Requests that run go on, but publish nothing more."""
         self._roster.queue.wake(self._cache.reset())
@@ -124,7 +131,9 @@ class Scheduler:
         self._place_prefills(draft, prefills, now)
         if draft.chunks:
             return self._launch(draft)
-        assert self._launched or not self._roster.requests, "requests wait, but none can ever run"
+        assert self._launched or not self._roster.requests or self._roster.awaits_mask, (
+            "requests wait, but none can ever run"
+        )
         return None
 
     def apply(self, result: StepResult, now: float) -> list[StepUpdate]:
@@ -194,7 +203,7 @@ class Scheduler:
             num_tokens = request.num_tokens
             if num_tokens - request.num_computed > 1:
                 prefills.append(request)
-            elif num_tokens < request.limit and draft.left:
+            elif num_tokens < request.limit and draft.left and not request.awaits_mask:
                 self._place(draft, request, 1, now)
         return prefills
 
@@ -218,7 +227,9 @@ class Scheduler:
         return 2 * (request.num_tokens - request.num_computed) > self._token_budget
 
     def _place_some(self, draft: Draft, request: Request, budget: int, now: float) -> None:
-        num_tokens = min(budget, request.num_tokens - request.num_computed)
+        # The last token is left for a step that may sample behind it.
+        lacking = request.num_tokens - request.num_computed - request.awaits_mask
+        num_tokens = min(budget, lacking)
         if num_tokens > 0 and request.status is RequestStatus.RUNNING:
             self._place(draft, request, num_tokens, now)
 
