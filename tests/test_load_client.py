@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nsa_serve.bench.load.cli import run_async
 from nsa_serve.bench.load.endpoint import CHAT, Endpoint, StreamReader
 from nsa_serve.bench.load.events import EventParser
 from nsa_serve.bench.load.http import HTTPClient
@@ -205,3 +206,24 @@ def test_an_idle_connection_that_the_server_closed_is_replaced():
 def test_an_address_must_be_http(url):
     with pytest.raises(ValueError, match="no http"):
         HTTPClient(url, {}, clock=lambda: 0.0)
+
+
+def test_a_server_is_reached_over_tcp_on_the_loop_that_the_command_uses():
+    api = ScriptedAPI(lambda number, body: Answer([0.0] * 3))
+
+    async def scenario(clock, connect):
+        listener = await asyncio.start_server(api._serve, "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        client = HTTPClient(f"http://127.0.0.1:{port}/v1", {}, clock=clock, connect=connect)
+        outcomes = [Outcome(Turn("hello", 3), due=clock(), sent=clock()) for _ in range(20)]
+        endpoint = Endpoint(client, MODEL, clock)
+        session = Session((Turn("hello", 3),))
+        await asyncio.gather(*(endpoint.send(session, [], outcome) for outcome in outcomes))
+        client.close()
+        listener.close()
+        return outcomes
+
+    outcomes = run_async(scenario)
+    assert [outcome.error for outcome in outcomes] == [""] * 20
+    assert {outcome.output_len for outcome in outcomes} == {3}
+    assert all(0 < outcome.ttft <= outcome.latency for outcome in outcomes)
