@@ -18,6 +18,7 @@ from .errors import answer_error, answer_http_error
 from .middleware import APIKeyGuard, BodyLimit, LastResort
 from .openapi import describe
 from .ports import Engine, Tokenizer
+from .responses.route import responses_router
 from .services import Services
 from .settings import ServerSettings
 
@@ -31,8 +32,8 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: ServerSettings) -
     )  # fmt: skip
     app.state.services = services
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
-    for router in (chat_router(services), completions_router(services), admin_router(services)):
-        app.include_router(router)
+    for router in (chat_router, completions_router, responses_router, admin_router):
+        app.include_router(router(services))
     app.add_exception_handler(NSAServeError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     _add_guards(app, settings)

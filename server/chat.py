@@ -14,6 +14,7 @@ from .assistant import delta_of, message_of
 from .logprobs import chat_logprobs, prompt_logprobs
 from .schemas import ChatCompletionRequest
 from .services import Head, Prepared, Services, UsageOptions, by_prompt
+from .stream import DataEvents
 from .tools.use import tool_use
 from .turn import PreparedTurn, Turn, finish_name, prepare_turn
 
@@ -52,7 +53,7 @@ def prepare_chat(services: Services, chat: ChatCompletionRequest) -> Prepared:
     return Prepared(prepared.requests, shape, bool(chat.stream))
 
 
-class ChatShape:
+class ChatShape(DataEvents):
     """Words the outputs of one chat request: which choices have begun, and what each has used."""
 
     def __init__(

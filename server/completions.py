@@ -12,6 +12,7 @@ from . import replies
 from .logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
 from .schemas import CompletionRequest, TokenIds
 from .services import FINISH_NAMES, Head, Prepared, Services, UsageOptions, by_prompt
+from .stream import DataEvents
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -79,7 +80,7 @@ def _wanted_prompt_logprobs(asked: CompletionRequest) -> int | None:
     return max(wanted, default=None)
 
 
-class CompletionShape:
+class CompletionShape(DataEvents):
     """Words the outputs of one completion request; knows what each choice has been sent."""
 
     def __init__(

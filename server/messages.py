@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -17,28 +18,32 @@ class TextPart(Strict):
     text: str
 
 
-def _text_content(value: object) -> object:
-    """Content as one string. Parts are joined by a newline; other than text they are refused."""
+def joined_text(value: object, kinds: Mapping[str, str]) -> object:
+    """Content as one string: its parts joined by a newline, other values as they are.
+
+    ``kinds`` maps the types of parts to the field with their text; other types are refused.
+    """
     if not isinstance(value, list):
         return value
-    return "\n".join(_part_text(position, part) for position, part in enumerate(value))
+    return "\n".join(_part_text(position, part, kinds) for position, part in enumerate(value))
 
 
-def _part_text(position: int, part: object) -> str:
+def _part_text(position: int, part: object, kinds: Mapping[str, str]) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get("text") if isinstance(part, dict) else None
-    if isinstance(kind, str) and kind != "text":
+    if isinstance(kind, str) and kind not in kinds:
         raise ValueError(
             f"part {position} is of type {bounded(kind, 64)!r}, and this model takes text only"
         )
-    if kind != "text" or not isinstance(text, str):
-        raise ValueError(f'part {position} must look like {{"type": "text", "text": "…"}}')
+    text = part.get(kinds[kind]) if isinstance(part, dict) and isinstance(kind, str) else None
+    if not isinstance(text, str):
+        shown = next(iter(kinds))
+        raise ValueError(f'part {position} must look like {{"type": "{shown}", "text": "…"}}')
     return text
 
 
 Content = Annotated[
     str | None,
-    BeforeValidator(_text_content),
+    BeforeValidator(lambda value: joined_text(value, {"text": "text"})),
     WithJsonSchema(
         {
             "anyOf": [

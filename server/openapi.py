@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from .responses.schemas import ResponsesRequest
 from .schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -19,6 +20,7 @@ _REF = "#/components/schemas/{model}"
 _BODIES = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

@@ -5,7 +5,7 @@ Fields left out of an answer are those never set, so that a present ``null`` is 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -180,6 +180,54 @@ class Completion(Reply):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class ResponseUsage(Reply):
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class ResponseObject(Reply):
+    """A response, by what is known of it. Its items are written by responses/writer.py."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: str
+    output: list[dict[str, Any]]
+    instructions: str | None
+    metadata: dict[str, str]
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    temperature: float
+    top_p: float
+    max_output_tokens: int | None
+    usage: ResponseUsage | None = None
+    error: dict[str, str] | None = None
+    incomplete_details: dict[str, str] | None = None
+    previous_response_id: None = None
+    store: Literal[False] = False
+    truncation: Literal["disabled"] = "disabled"
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+
+class ResponseEvent(Reply):
+    """One event of a streamed response; the fields beside these are of its type."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
 
 
 class ModelCard(Reply):

@@ -42,8 +42,8 @@ class Head:
     model: str
 
     @classmethod
-    def new(cls, prefix: str, model: str) -> Head:
-        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
+    def new(cls, prefix: str, model: str, joint: str = "-") -> Head:
+        return cls(f"{prefix}{joint}{uuid.uuid4().hex}", int(time.time()), model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from .errors import error_body, error_response, log_failure
 from .generation import ClientGone, Generation
 from .replies import Reply
 
-DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -36,14 +35,27 @@ class Shape(Protocol):
     def whole(self, outputs: Sequence[RequestOutput]) -> Reply:
         """The answer in one piece, from one output of each choice."""
 
+    def frame(self, chunk: Reply) -> str:
+        """A chunk as an event."""
 
-def event(text: str) -> str:
-    return f"data: {text}\n\n"
+    @property
+    def end(self) -> str:
+        """What a stream ends with."""
+
+    def failure(self, error: Exception) -> str:
+        """How a stream that has begun tells of an error."""
 
 
-def error_events(error: Exception) -> str:
-    """How a stream that has begun tells of an error: one event, then the end."""
-    return event(json.dumps(error_body(error), separators=(",", ":"))) + DONE
+class DataEvents:
+    """Events without names, an error among them, and [DONE] after the last one."""
+
+    end = "data: [DONE]\n\n"
+
+    def frame(self, chunk: Reply) -> str:
+        return f"data: {chunk.to_json()}\n\n"
+
+    def failure(self, error: Exception) -> str:
+        return f"data: {json.dumps(error_body(error), separators=(',', ':'))}\n\n{self.end}"
 
 
 async def answer_whole(generation: Generation, shape: Shape) -> Response:
@@ -87,7 +99,7 @@ class EventStream(Response):
             if not self._started:
                 await error_response(error)(scope, receive, send)
                 return
-            await self._write(send, error_events(error))
+            await self._write(send, self._shape.failure(error))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _next_events(self) -> str:
@@ -99,11 +111,11 @@ class EventStream(Response):
     def _events(self, index: int, output: RequestOutput) -> str:
         if output.usage is not None:
             self._usages[index] = output.usage
-        return "".join(event(chunk.to_json()) for chunk in self._shape.chunks(index, output))
+        return "".join(self._shape.frame(chunk) for chunk in self._shape.chunks(index, output))
 
     def _closing(self) -> str:
         last = self._shape.usage_chunk([self._usages[index] for index in sorted(self._usages)])
-        return (event(last.to_json()) if last else "") + DONE
+        return (self._shape.frame(last) if last else "") + self._shape.end
 
     async def _write(self, send: Send, text: str) -> None:
         if not self._started:
