@@ -20,6 +20,7 @@ from ..config import (
     Policy,
 )
 from ..errors import ConfigError
+from .settings import ReasoningParser, ToolCallParser
 
 T = TypeVar("T")
 
@@ -97,8 +98,11 @@ def _flag(panel: str, *names: str, **options: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeFlags:
-    """Everything ``serve`` can be told. Fields are flags, their defaults the flags' defaults."""
+class EngineFlags:
+    """What a command that runs a model can be told of it.
+
+    Fields are flags, their defaults the flags' defaults.
+    """
 
     positional: Annotated[
         str | None,
@@ -145,6 +149,14 @@ class ServeFlags:
     ] = None
     chat_template: Annotated[
         str | None, _flag(_MODEL, "--chat-template", help="A Jinja file in place of the model's.")
+    ] = None
+    tool_call_parser: Annotated[
+        ToolCallParser,
+        _flag(_MODEL, "--tool-call-parser", help="Form of its calls; auto: as its template says."),
+    ] = ToolCallParser.AUTO
+    reasoning_parser: Annotated[
+        ReasoningParser | None,
+        _flag(_MODEL, "--reasoning-parser", help="Give what it thinks apart from what it says."),
     ] = None
     load_format: Annotated[
         str,
@@ -211,6 +223,33 @@ class ServeFlags:
         _flag(_DEVICE, "--deterministic", help="The same text whatever else runs, bit by bit."),
     ] = False
 
+    def engine_config(self) -> EngineConfig:
+        """The engine's part. Raises ``ConfigError`` for what can't work or isn't built."""
+        self._refuse()
+        cache_bytes = self.kv_cache_memory_bytes
+        return EngineConfig.from_flags(
+            **{name: getattr(self, name) for name in _PASSED_ON},
+            model=self.positional or self.model,
+            served_model_name=self.served_model_name[0] if self.served_model_name else None,
+            random_weights=self.load_format == "dummy",
+            mock_token_rate=self.mock_engine,
+            kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
+            enable_prefix_caching=self.prefix_caching,
+        )
+
+    def _refuse(self) -> None:
+        if self.positional and self.model and self.positional != self.model:
+            raise ConfigError(f"MODEL is {self.positional} and --model {self.model}; give one")
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"--load-format is auto or dummy, not {self.load_format}")
+        if self.kv_cache_dtype != "auto":
+            raise ConfigError(f"--kv-cache-dtype {self.kv_cache_dtype} is not built yet; use auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeFlags(EngineFlags):
+    """Everything ``serve`` can be told."""
+
     host: Annotated[str, _flag(_SERVER, "--host", help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, _flag(_SERVER, "--port", min=0, max=65535, help="0: any free one.")] = 8000
     api_key: Annotated[
@@ -241,27 +280,9 @@ class ServeFlags:
         str, _flag(_SERVER, "--metrics-prefix", help="vllm: for dashboards made for vLLM.")
     ] = "nsa_serve"
 
-    def engine_config(self) -> EngineConfig:
-        """The engine's part. Raises ``ConfigError`` for what can't work or isn't built."""
-        self._refuse()
-        cache_bytes = self.kv_cache_memory_bytes
-        return EngineConfig.from_flags(
-            **{name: getattr(self, name) for name in _PASSED_ON},
-            model=self.positional or self.model,
-            served_model_name=self.served_model_name[0] if self.served_model_name else None,
-            random_weights=self.load_format == "dummy",
-            mock_token_rate=self.mock_engine,
-            kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
-            enable_prefix_caching=self.prefix_caching,
-        )
-
     def _refuse(self) -> None:
-        if self.positional and self.model and self.positional != self.model:
-            raise ConfigError(f"MODEL is {self.positional} and --model {self.model}; give one")
-        if self.load_format not in ("auto", "dummy"):
-            raise ConfigError(f"--load-format is auto or dummy, not {self.load_format}")
-        if self.kv_cache_dtype != "auto":
-            raise ConfigError(f"--kv-cache-dtype {self.kv_cache_dtype} is not built yet; use auto")
+        # super() without arguments does not know a class with slots.
+        EngineFlags._refuse(self)
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("--ssl-keyfile and --ssl-certfile need each other")
         if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):

@@ -9,25 +9,21 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
 import uvloop
-from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..config import EngineConfig
 from ..engine.messages import EngineDescription
-from ..errors import CheckpointError, ConfigError, EngineDead
-from ..tokenizer import Tokenizer
+from ..errors import ConfigError, EngineDead
 from .admission import Admission
 from .app import create_app
 from .client import EngineClient
-from .errors import invalid_fields
 from .flags import ServeFlags
-from .schemas import CompletionRequest
-from .settings import SamplingDefaults, ServerSettings
+from .settings import ServerSettings
+from .startup import server_settings, start_engine, tokenizer_of
 from .stats_line import log_stats
 
 STATS_INTERVAL = 10.0  # seconds
@@ -37,7 +33,6 @@ _LAST_WORDS = 3  # seconds, for connections to close after the streams have ende
 _KEEP_ALIVE = 75  # seconds; longer than a client's pool keeps a connection it may use again
 
 logger = logging.getLogger("nsa_serve")
-console = Console(stderr=True, highlight=False)
 
 
 def serve(flags: ServeFlags) -> int:
@@ -71,37 +66,18 @@ def _bind(flags: ServeFlags) -> socket.socket:
 
 
 async def _serve(flags: ServeFlags, config: EngineConfig, listener: socket.socket) -> int:
-    engine = await _start_engine(config)
+    engine = await start_engine(config)
     try:
         return await _run(flags, config, engine, listener)
     finally:
         await engine.aclose()
 
 
-async def _start_engine(config: EngineConfig) -> EngineClient:
-    """The engine, with a bar while its weights load. Ctrl-C and SIGTERM end the start."""
-    columns = (
-        TextColumn("Loading {task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task(config.source.model, total=None)
-
-        def on_progress(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        return await EngineClient.start(config, on_progress)
-
-
 async def _run(
     flags: ServeFlags, config: EngineConfig, engine: EngineClient, listener: socket.socket
 ) -> int:
-    tokenizer = await asyncio.to_thread(_tokenizer, engine.engine)
-    settings = server_settings(flags, config, engine.engine)
+    tokenizer = await asyncio.to_thread(tokenizer_of, engine.engine)
+    settings = _with_door(server_settings(flags, config, engine.engine), flags)
     app = create_app(engine, tokenizer, settings)
     server = _Uvicorn(_uvicorn_config(app, flags))
     admission: Admission = app.state.services.admission
@@ -117,43 +93,14 @@ async def _run(
     return stopper.exit_code
 
 
-def _tokenizer(description: EngineDescription) -> Tokenizer:
-    if description.tokenizer is None:
-        raise ConfigError(f"{description.model_name} has no tokenizer; give one with --tokenizer")
-    return Tokenizer(description.tokenizer)
-
-
-def server_settings(
-    flags: ServeFlags, config: EngineConfig, description: EngineDescription
-) -> ServerSettings:
-    """The server's settings: limits from the engine's cache, defaults from its checkpoint."""
-    schedule = config.schedule
-    return ServerSettings(
-        model_names=tuple(flags.served_model_name or [config.source.public_name]),
-        # A request longer than the cache could never run, whatever the context.
-        max_model_len=min(description.max_model_len, description.cache_tokens),
-        vocab_size=description.vocab_size,
-        defaults=_sampling_defaults(description.generation_config),
+def _with_door(settings: ServerSettings, flags: ServeFlags) -> ServerSettings:
+    """The settings with those of a server that others reach."""
+    return replace(
+        settings,
         api_keys=tuple(flags.api_key or ()),
         allowed_origins=tuple(flags.allowed_origins or ()),
         metrics_prefix=flags.metrics_prefix,
-        max_queued_requests=schedule.max_num_queued_reqs,
-        max_queued_tokens=schedule.max_num_queued_tokens,
-        max_open_requests=schedule.max_num_seqs + schedule.max_num_queued_reqs,
-        max_open_tokens=schedule.max_num_queued_tokens + description.cache_tokens,
     )
-
-
-def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
-    """What generation_config.json says of sampling; a greedy checkpoint has do_sample false."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = {name: generation[name] for name in names if generation.get(name) is not None}
-    try:
-        # The checkpoint may say no more than a request may.
-        CompletionRequest.model_validate({"prompt": "", **given})
-    except ValidationError as error:
-        raise CheckpointError(f"generation_config.json: {invalid_fields(error)}") from None
-    return SamplingDefaults(**given)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -20,7 +20,9 @@ from nsa_serve.engine.messages import EngineDescription
 from nsa_serve.errors import CheckpointError, ConfigError
 from nsa_serve.server import cli
 from nsa_serve.server.flags import ServeFlags, parse_bytes
-from nsa_serve.server.serve import is_loopback, ready_line, server_settings, untrained_line
+from nsa_serve.server.serve import is_loopback, ready_line, untrained_line
+from nsa_serve.server.settings import ReasoningParser, ToolCallParser
+from nsa_serve.server.startup import server_settings
 from nsa_serve.server.terminal_chat import ChatSettings, Conversation
 
 serve_room = importlib.import_module("nsa_serve.server.serve")
@@ -230,7 +232,10 @@ def test_the_ready_line_has_what_a_person_wants_to_know():
 
 
 def test_settings_take_limits_from_the_engine_and_defaults_from_its_checkpoint():
-    flags = ServeFlags(served_model_name=["a", "b"], max_num_seqs=2, max_num_queued_reqs=3)
+    flags = ServeFlags(
+        served_model_name=["a", "b"], max_num_seqs=2, max_num_queued_reqs=3,
+        tool_call_parser=ToolCallParser.HERMES, reasoning_parser=ReasoningParser.QWEN3,
+    )  # fmt: skip
     engine = description(
         max_model_len=100_000,
         generation_config={"temperature": 0.6, "top_k": None, "do_sample": True},
@@ -239,6 +244,8 @@ def test_settings_take_limits_from_the_engine_and_defaults_from_its_checkpoint()
     assert settings.model_names == ("a", "b")
     assert settings.max_model_len == engine.cache_tokens
     assert settings.max_open_requests == 5
+    parsers = (settings.tool_call_parser, settings.reasoning_parser)
+    assert parsers == (ToolCallParser.HERMES, ReasoningParser.QWEN3)
     assert (settings.defaults.temperature, settings.defaults.top_k) == (0.6, 0)
 
 
