@@ -4,7 +4,14 @@ What edits logits is the reference's own: a few element-wise or top-k calls of t
 the few requests that ask, without a host sync.
 """
 
-from ..reference.sampling import add_bias, apply_penalties, gumbel_noise, token_logprobs
+from ..reference.sampling import (
+    add_bias,
+    apply_penalties,
+    gumbel_noise,
+    mask_logits,
+    token_logprobs,
+)
+from .block_copy import fetch_blocks
 from .compress import compress
 from .compressed_attention import compressed_attention
 from .dense_attention import dense_attention
@@ -25,10 +32,12 @@ __all__ = [
     "compress",
     "compressed_attention",
     "dense_attention",
+    "fetch_blocks",
     "gated_fusion",
     "gumbel_noise",
     "kv_write",
     "linear",
+    "mask_logits",
     "qkv_norm_rope",
     "rms_norm",
     "sample",

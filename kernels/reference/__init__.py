@@ -1,5 +1,6 @@
 """The ops in plain torch: the whole contract, on any device. This is the CPU backend."""
 
+from .block_copy import fetch_blocks
 from .compress import compress
 from .compressed_attention import compressed_attention
 from .dense_attention import dense_attention
@@ -7,7 +8,7 @@ from .gated_fusion import gated_fusion, sparse_attention
 from .kv_write import kv_write
 from .linear import linear
 from .norm_rope import add_rms_norm, qkv_norm_rope, rms_norm, swiglu
-from .sampling import add_bias, apply_penalties, gumbel_noise, sample, token_logprobs
+from .sampling import add_bias, apply_penalties, gumbel_noise, mask_logits, sample, token_logprobs
 from .select_blocks import block_scores, select_blocks
 from .selected_attention import selected_attention
 from .window_attention import window_attention
@@ -20,10 +21,12 @@ __all__ = [
     "compress",
     "compressed_attention",
     "dense_attention",
+    "fetch_blocks",
     "gated_fusion",
     "gumbel_noise",
     "kv_write",
     "linear",
+    "mask_logits",
     "qkv_norm_rope",
     "rms_norm",
     "sample",

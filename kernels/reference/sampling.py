@@ -193,6 +193,23 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
     return logits.index_put((rows, token_ids), values, accumulate=True)
 
 
+def mask_logits(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Logits [B, V] fp32 with −inf where ``allowed`` has no bit, as a new tensor.
+
+    ``allowed`` [B, ceil(V / 32)] int32: token i is bit i % 32, from the lowest, of word i // 32.
+    """
+    check(
+        allowed.shape == (len(logits), -(-logits.shape[1] // 32)),
+        "a bit for each logit",
+        logits=logits,
+        allowed=allowed,
+    )
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    bits = allowed.contiguous().view(torch.uint8).unsqueeze(-1) >> shifts & 1  # [B, W, 8]
+    kept = bits.flatten(1)[:, : logits.shape[1]].bool()
+    return logits.masked_fill(~kept, -torch.inf)
+
+
 def token_logprobs(
     logits: Tensor, tokens: Tensor, *, top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,6 +12,8 @@ from ..models.checkpoint import Checkpoint, resolve
 from ..runner.worker import Worker
 from ..schedule.scheduler import Scheduler
 from ..tokenizer import Tokenizer, read_source
+from .followers import Followers
+from .grammar import GrammarCompiler
 from .messages import EngineDescription
 from .mock import MockWorker
 
@@ -29,6 +31,7 @@ class EngineParts(Generic[W]):
     tokenizer: Tokenizer | None
     depth: int
     description: EngineDescription
+    followers: Followers | None  # None where no grammar can be followed
 
 
 def build_parts(config: EngineConfig, on_progress: OnProgress | None = None) -> EngineParts[Worker]:
@@ -39,17 +42,32 @@ def build_parts(config: EngineConfig, on_progress: OnProgress | None = None) -> 
     """
     checkpoint = resolve(config.source)
     tokenizer = read_tokenizer(config, checkpoint)
-    return _join(config, checkpoint, tokenizer, Worker(config, on_progress))
+    worker = Worker(config, on_progress)
+    return _join(config, checkpoint, tokenizer, worker, _followers(worker, tokenizer))
 
 
 def build_mock_parts(config: EngineConfig) -> EngineParts[MockWorker]:
     """The same around a worker without a model."""
     checkpoint = resolve(config.source)
-    return _join(config, checkpoint, read_tokenizer(config, checkpoint), MockWorker(config))
+    tokenizer = read_tokenizer(config, checkpoint)
+    return _join(config, checkpoint, tokenizer, MockWorker(config), None)
+
+
+def _followers(worker: Worker, tokenizer: Tokenizer | None) -> Followers | None:
+    model = worker.model_config
+    if tokenizer is None or not model.eos_token_ids:
+        return None
+    return Followers(
+        GrammarCompiler(tokenizer, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
+    )
 
 
 def _join(
-    config: EngineConfig, checkpoint: Checkpoint, tokenizer: Tokenizer | None, worker: W
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    worker: W,
+    followers: Followers | None,
 ) -> EngineParts[W]:
     cache = CacheManager(
         worker.num_blocks,
@@ -67,7 +85,7 @@ def _join(
         depth=depth,
     )
     description = describe(config, checkpoint, worker, tokenizer)
-    return EngineParts(scheduler, cache, worker, tokenizer, depth, description)
+    return EngineParts(scheduler, cache, worker, tokenizer, depth, description, followers)
 
 
 def read_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:

@@ -7,15 +7,26 @@ from collections.abc import Iterable
 
 from ..errors import InvalidParameter
 from ..request import MAX_LOGPROBS, EngineRequest, SamplingParams
+from .grammar import check_grammar
 
 
-def check_request(request: EngineRequest, vocab_size: int) -> None:
+def check_request(request: EngineRequest, vocab_size: int, *, grammars: bool = True) -> None:
     """Raise ``InvalidParameter`` with the field and its value where the runner could not use it.
 
-    An id outside the vocabulary would fail the whole step, and everybody in it.
+    An id outside the vocabulary would fail the whole step, and everybody in it. ``grammars`` says
+    whether this engine can follow one.
     """
     _check_ids("prompt", request.prompt_token_ids, vocab_size)
     check_sampling(request.sampling, vocab_size)
+    grammar = request.sampling.grammar
+    if grammar is None:
+        return
+    if not grammars:
+        raise InvalidParameter(
+            f"{grammar.param} is not supported here: the model has no tokenizer or no end token",
+            param=grammar.param,
+        )
+    check_grammar(grammar)
 
 
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:

@@ -22,6 +22,7 @@ from ..stats import StatsSnapshot
 from ..tokenizer import Tokenizer
 from .build import EngineParts, OnProgress, W, build_mock_parts, build_parts
 from .checks import check_request
+from .followers import Followers, Turn
 from .messages import EngineDescription
 from .output import OutputState
 
@@ -76,6 +77,7 @@ class Engine:
         depth: int = 0,
         clock: Callable[[], float] = time.monotonic,
         description: EngineDescription | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.description = description
@@ -85,6 +87,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._depth = depth
         self._clock = clock
+        self._followers = followers
         self._live: dict[str, _Live] = {}
         self._flights: deque[_Flight] = deque()
         self._num_to_shed = 1  # requests that the next step without memory ends
@@ -109,6 +112,7 @@ class Engine:
             vocab_size=parts.description.vocab_size,
             depth=parts.depth,
             description=parts.description,
+            followers=parts.followers,
         )
 
     @property
@@ -118,13 +122,16 @@ class Engine:
     def add(self, request: EngineRequest, now: float) -> None:
         """Accept a request. Raises ``RequestError`` or ``Overloaded`` where it can't be."""
         try:
-            check_request(request, self._vocab_size)
+            check_request(request, self._vocab_size, grammars=self._followers is not None)
         except RequestError:
             self._scheduler.stats.num_rejected += 1
             raise
         accepted = self._scheduler.add(request, now)
         output = OutputState(request, self.tokenizer, now)
         self._live[request.request_id] = _Live(accepted, output)
+        grammar = request.sampling.grammar
+        if grammar is not None and self._followers is not None:
+            self._followers.open(request.request_id, grammar, now)
 
     def abort(self, request_id: str, now: float) -> RequestOutput | None:
         """End a request at once: its final output, or None if it has ended or never was."""
@@ -133,6 +140,7 @@ class Engine:
 
     def step(self, now: float) -> list[RequestOutput]:
         """Launch the next step and take in the oldest one that is due."""
+        outputs = self._take_turns(now)
         # More are out than the depth allows only where a step was interrupted (Ctrl-C).
         # Behind a failed launch nothing is scheduled: it would build on tokens that never come.
         plan = None
@@ -141,8 +149,28 @@ class Engine:
         if plan is not None:
             self._launch(plan)
         if self._flights and (plan is None or len(self._flights) > self._depth):
-            return self._land()
-        return []
+            return outputs + self._land()
+        if plan is None and self._followers is not None:
+            self._followers.rest()
+        return outputs
+
+    def _take_turns(self, now: float) -> list[RequestOutput]:
+        """Pass on what grammars allow; end the requests whose text is complete or can't go on."""
+        if self._followers is None:
+            return []
+        ended = [self._take_turn(turn, now) for turn in self._followers.turns(now)]
+        return [output for output in ended if output is not None]
+
+    def _take_turn(self, turn: Turn, now: float) -> RequestOutput | None:
+        live = self._live[turn.request_id]
+        if turn.error is not None:
+            return self._end(
+                live, FinishReason.ERROR, now, error=turn.error, error_param=turn.param
+            )
+        if turn.mask is None:
+            return self._end(live, FinishReason.STOP, now)
+        self._scheduler.allow(turn.request_id, turn.mask)
+        return None
 
     @property
     def _has_failed_launch(self) -> bool:
@@ -259,6 +287,9 @@ class Engine:
             )
         if stopped:
             return self._end(live, FinishReason.STOP, now)
+        if live.request.awaits_mask and self._followers is not None:
+            for token_id in update.new_token_ids:
+                self._followers.advance(live.output.request_id, token_id, now)
         return live.output.take()
 
     def _end(
@@ -269,10 +300,13 @@ class Engine:
         *,
         stop_reason: int | None = None,
         error: str | None = None,
+        error_param: str | None = None,
     ) -> RequestOutput:
         """The final output. The scheduler is told, unless it was the one to say so."""
         self._scheduler.finish(live.output.request_id, reason, now)
-        live.output.finish(reason, stop_reason=stop_reason, error=error)
+        if self._followers is not None:
+            self._followers.close(live.output.request_id)
+        live.output.finish(reason, stop_reason=stop_reason, error=error, error_param=error_param)
         del self._live[live.output.request_id]
         final = live.output.take(
             num_cached=live.request.num_cached, first_scheduled=live.request.first_scheduled

@@ -47,6 +47,7 @@ class OutputState:
         self._reason: FinishReason | None = None
         self._stop_reason: str | int | None = None
         self._error: str | None = None
+        self._error_param: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -92,6 +93,7 @@ class OutputState:
         *,
         stop_reason: str | int | None = None,
         error: str | None = None,
+        error_param: str | None = None,
     ) -> None:
         """End the request; a stop string in its text outranks ``reason``."""
         assert not self.finished, f"{self.request_id} ends twice"
@@ -99,7 +101,8 @@ class OutputState:
             self._release_text()
             if self._stops.matched is not None:
                 reason, stop_reason = FinishReason.STOP, self._stops.matched
-        self._reason, self._stop_reason, self._error = reason, stop_reason, error
+        self._reason, self._stop_reason = reason, stop_reason
+        self._error, self._error_param = error, error_param
 
     def take(
         self, *, num_cached: int = 0, first_scheduled: float | None = None
@@ -119,6 +122,7 @@ class OutputState:
             finish_reason=self._reason,
             stop_reason=self._stop_reason,
             error=self._error,
+            error_param=self._error_param,
             trace=self._trace if self.finished and self._trace else None,
             usage=self._usage(num_cached) if self.finished else None,
             times=self._times(first_scheduled) if self.finished else None,

@@ -50,19 +50,23 @@ class StepBuffers:
         max_rows: int,
         max_tokens: int,
         max_model_len: int,
+        mask_words: int = 0,
         uniform: bool = False,
     ) -> None:
         self.pool = pool
         self.uniform = uniform
         self.max_rows = max_rows
         self.max_model_len = max_model_len
+        self.mask_words = mask_words
         self.num_columns = pool.layout.num_pages(max_model_len)
         self._num_pages = np.zeros(max_rows, np.int64)
         shape = (max_rows, self.num_columns)
         self.block_table = torch.full(shape, -1, dtype=torch.int32, device=pool.device)
         self.last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=pool.device)
         # A prompt's log-probabilities may want the logits of every token, its samples' beside.
-        largest = StepSizes(max_tokens, max_rows, max_tokens + max_rows, max_rows)
+        largest = StepSizes(
+            max_tokens, max_rows, max_tokens + max_rows, max_rows, max_rows, mask_words
+        )
         self.staging = Staging(largest, pool.device)
 
     def update_tables(self, plan: StepPlan) -> None:

@@ -99,6 +99,7 @@ class ModelRunner:
             max_rows=max_rows,
             max_tokens=max_tokens,
             max_model_len=max_model_len,
+            mask_words=-(-vocab_size // 32),
             uniform=uniform,
         )
         self.sampler = Sampler(
@@ -155,6 +156,11 @@ class ModelRunner:
             sizes = _sizes(chunks, samples, spans)
         else:
             sizes = StepSizes(graph_size, graph_size, graph_size, len(samples))
+        sizes = replace(
+            sizes,
+            masks=sum(chunk.mask is not None for chunk in samples),
+            mask_words=self.buffers.mask_words,
+        )
         host = self.buffers.staging.open(sizes)
         shape = self.buffers.fill(host, sizes, chunks, [span.span for span in spans])
         self.sampler.fill(host, samples)

@@ -20,6 +20,7 @@ from .staging import Arrays, Tensors, to_device, to_host
 
 # Below this, dividing by the temperature leaves one token; it is taken without noise.
 GREEDY_TEMPERATURE = 1e-5
+_MASK_TILE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,13 @@ class LogitEdits:
         stops = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops.update(eos_token_ids)
-        if not sampling.logit_bias and not (sampling.min_tokens and stops):
+        # A grammar ends at an end token whatever the request asks: so that it goes on, none comes.
+        never = eos_token_ids if sampling.ignore_eos and sampling.grammar is not None else ()
+        if not sampling.logit_bias and not never and not (sampling.min_tokens and stops):
             return None
         return cls(
-            bias_ids=list(sampling.logit_bias),
-            bias_values=list(sampling.logit_bias.values()),
+            bias_ids=[*sampling.logit_bias, *never],
+            bias_values=[*sampling.logit_bias.values(), *(-np.inf for _ in never)],
             stop_ids=sorted(stops) if sampling.min_tokens else [],
             first_stop=len(start.prompt_token_ids) + sampling.min_tokens,
         )
@@ -148,6 +151,11 @@ class Sampler:
         host["steps"][:] = [chunk.start + chunk.num_tokens for chunk in chunks]
         for name, values in self._settings.items():
             host[name][:] = values[rows]
+        masks = [(at, chunk.mask) for at, chunk in enumerate(chunks) if chunk.mask is not None]
+        for place, (at, mask) in enumerate(masks):
+            host["mask_samples"][place] = at
+            words = np.frombuffer(mask, np.int32)
+            host["masks"][place * len(words) : (place + 1) * len(words)] = words
 
     def sample(
         self,
@@ -168,6 +176,8 @@ class Sampler:
         warned = any(row in self.bad_words for row in rows)
         if warned:
             edited = self.bad_words.apply(edited, rows)
+        if len(fields["mask_samples"]):
+            edited = self._restrict(edited, logits, fields)
         tokens = self.ops.sample(edited, self._tensors(fields, rows))
         last_tokens.index_copy_(0, fields["sample_rows"], tokens)
         if penalised:
@@ -211,6 +221,25 @@ class Sampler:
         amount = to_device(np.array(values, np.float32), self.device)
         edited: torch.Tensor = self.ops.add_bias(logits, where, which, amount)
         return edited
+
+    def _restrict(
+        self, edited: torch.Tensor, logits: torch.Tensor, fields: Tensors
+    ) -> torch.Tensor:
+        """Logits with what grammars forbid at −inf, as a new tensor.
+
+        Where a request's own edits forbid all that its grammar allows, the grammar outranks them.
+        """
+        samples = fields["mask_samples"]
+        masks = fields["masks"].view(len(samples), -1)
+        restricted = edited.clone()
+        # Some rows at a time: the bits of many, spread out, are as large as the logits.
+        for first in range(0, len(samples), _MASK_TILE):
+            at, allowed = samples[first : first + _MASK_TILE], masks[first : first + _MASK_TILE]
+            own = self.ops.mask_logits(edited[at], allowed)
+            plain = self.ops.mask_logits(logits[at], allowed)
+            stuck = own.amax(-1, keepdim=True) == -torch.inf
+            restricted.index_copy_(0, at, torch.where(stuck, plain, own))
+        return restricted
 
     def _logprobs(
         self, logits: torch.Tensor, tokens: torch.Tensor, picks: list[int], counts: list[int]

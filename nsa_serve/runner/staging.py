@@ -28,6 +28,8 @@ class StepSizes:
     rows: int  # B, padding included
     logits: int  # R, tokens whose logits are computed
     samples: int  # rows that sample; at most R
+    masks: int = 0  # samples that a grammar restricts
+    mask_words: int = 0  # of one mask: 32 bits each
 
     @property
     def fields(self) -> tuple[tuple[str, str, int], ...]:
@@ -49,6 +51,8 @@ class StepSizes:
             ("top_p", "f32", samples),
             ("min_p", "f32", samples),
             ("top_k", "i32", samples),
+            ("mask_samples", "i64", self.masks),  # position among the samples
+            ("masks", "i32", self.masks * self.mask_words),
         )
 
     def offsets(self) -> tuple[list[tuple[str, str, int, int]], int]:
