@@ -73,3 +73,7 @@ class ConfigError(NSAServeError):
 
 class CheckpointError(NSAServeError):
     """A checkpoint is missing, truncated or unsupported; the message names the file and the key."""
+
+
+class BatchStopped(NSAServeError):
+    """A batch can't go on; the answers so far are in its output, and a new run resumes it."""

@@ -1,4 +1,4 @@
-"""The command line: ``nsa-serve serve | chat | bench | collect-env``.
+"""The command line: ``nsa-serve serve | run-batch | chat | bench | collect-env``.
 
 Rooms that take long to import (the server, the load test, torch) are imported when their command
 runs, so that ``--help`` answers at once.
@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import NSAServeError
-from .flags import ServeFlags, refuse, takes_flags
+from .flags import BatchFlags, ServeFlags, refuse, takes_flags
 
 _BENCH = "nsa_serve.bench.cli"
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -45,6 +45,13 @@ app = typer.Typer(
 def serve(flags: ServeFlags) -> None:
     """Serve a model at http://127.0.0.1:8000/v1 until told to stop."""
     _end(lambda: import_module("nsa_serve.server.serve").serve(flags))
+
+
+@app.command("run-batch")
+@takes_flags(BatchFlags)
+def run_batch(flags: BatchFlags) -> None:
+    """Answer a file of requests in OpenAI's batch form. Run again, it goes on where it stopped."""
+    _end(lambda: import_module("nsa_serve.server.batch.run").run_batch(flags))
 
 
 @app.command(context_settings=_PASS_ON)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -25,12 +25,13 @@ from .settings import ReasoningParser, ToolCallParser
 T = TypeVar("T")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_MODEL, _MEMORY, _SCHEDULE, _DEVICE, _SERVER = (
+_MODEL, _MEMORY, _SCHEDULE, _DEVICE, _SERVER, _BATCH = (
     "Model",
     "Cache memory",
     "Scheduling",
     "Device",
     "Server",
+    "Batch",
 )
 
 
@@ -291,6 +292,18 @@ class ServeFlags(EngineFlags):
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchFlags(EngineFlags):
+    """Everything ``run-batch`` can be told."""
+
+    input_file: Annotated[
+        Path, _flag(_BATCH, "--input-file", "-i", help="Requests, a line of JSON each.")
+    ]
+    output_file: Annotated[
+        Path, _flag(_BATCH, "--output-file", "-o", help="Answers; those it has are kept.")
+    ]
+
+
 def takes_flags(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
     """Make a command of a function of one record, whose fields become the command's parameters."""
     hints = get_type_hints(record, include_extras=True)
@@ -298,7 +311,7 @@ def takes_flags(record: type[T]) -> Callable[[Callable[[T], None]], Callable[...
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
         for field in fields(record)  # type: ignore[arg-type]
