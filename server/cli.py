@@ -1,4 +1,4 @@
-"""The command line: ``nsa-serve serve | run-batch | chat | bench | collect-env``.
+"""The command line: ``nsa-serve serve | run-batch | chat | bench | plan | collect-env``.
 
 Rooms that take long to import (the server, the load test, torch) are imported when their command
 runs, so that ``--help`` answers at once.
@@ -16,17 +16,18 @@ from typer.core import TyperGroup
 from ..errors import NSAServeError
 from .flags import BatchFlags, ServeFlags, refuse, takes_flags
 
-_BENCH = "nsa_serve.bench.cli"
+# Commands whose rooms are imported to run them.
+_LAZY = {"bench": "nsa_serve.bench.cli", "plan": "nsa_serve.bench.plan_cli"}
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 class _LazyGroup(TyperGroup):
-    """Knows the benchmarks by name, and imports them only to run them."""
+    """Knows the benchmarks and the planner by name, and imports them only to run them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] == "bench":
-            bench = typer.main.get_command(import_module(_BENCH).app)
-            return "bench", bench, args[1:]
+        if args and args[0] in _LAZY:
+            command = typer.main.get_command(import_module(_LAZY[args[0]]).app)
+            return args[0], command, args[1:]
         return super().resolve_command(ctx, args)
 
 
@@ -78,6 +79,11 @@ def chat(
 @app.command()
 def bench() -> None:
     """Measure a server, the engine or its kernels: see bench --help."""
+
+
+@app.command()
+def plan() -> None:
+    """Count the memory that a model and a load need: see plan --help."""
 
 
 @app.command("collect-env")

@@ -1,0 +1,148 @@
+"""``nsa-serve plan`` against what an engine really allocates, and what it says to people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nsa_serve.bench.engine_run import shape_folder
+from nsa_serve.bench.plan_cli import parse_tokens
+from nsa_serve.bench.sizing import Sizing
+from nsa_serve.config import EngineConfig
+from nsa_serve.errors import ConfigError
+from nsa_serve.runner.profile import heaviest_plan
+from nsa_serve.runner.worker import Worker
+from nsa_serve.server import cli
+from tests.live_tensors import LiveTensors
+
+GIB = 1 << 30
+RECORD = Path(__file__).parent.parent / "bench/results/h200/latency_8b_nsa.json"
+
+
+@pytest.fixture
+def shape(tmp_path):
+    """A folder with the configuration of a model of a few million weights."""
+
+    def write(**fields):
+        known = {
+            "model_type": "nsa_serve", "vocab_size": 8192, "hidden_size": 512,
+            "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2,
+            "head_dim": 32, "intermediate_size": 1536, "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu",
+            "tie_word_embeddings": True, "nsa": {"gated": True},
+        }  # fmt: skip
+        config = {name: value for name, value in {**known, **fields}.items() if value is not None}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return write
+
+
+DENSE = {"model_type": "llama", "nsa": None}
+
+
+@pytest.mark.parametrize("fields", [{}, DENSE], ids=["nsa", "dense"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_planned_is_within_3_percent_of_what_an_engine_allocates(shape, fields, dtype):
+    folder = shape(**fields)
+    config = EngineConfig.from_flags(
+        model=str(folder), random_weights=True, device="cpu", dtype=dtype,
+        kv_cache_memory_bytes=64 << 20, max_num_batched_tokens=256, max_num_seqs=32,
+        max_model_len=1024,
+    )  # fmt: skip
+    sizing = Sizing.of(config, "cpu")
+    live = LiveTensors()
+    with live:
+        worker = Worker(config)
+        worker.launch(
+            heaviest_plan(
+                max_rows=32, max_tokens=256, max_model_len=1024, page=worker.page, num_blocks=16
+            )
+        ).result()
+    cache = worker.num_blocks * sizing.layout.bytes_per_block
+    assert sizing.weight_bytes == worker.num_weight_bytes
+    assert cache == worker.num_cache_bytes
+    planned = sizing.resident_bytes + cache + sizing.step_bytes
+    assert planned == pytest.approx(live.peak, rel=0.03)
+
+
+def test_the_plan_is_within_3_percent_of_the_cache_measured_on_an_h200():
+    record = json.loads(RECORD.read_text())
+    config = EngineConfig.from_flags(
+        model=str(shape_folder("8b")), random_weights=True, max_model_len=record["max_model_len"],
+        max_num_batched_tokens=record["token_budget"],
+    )  # fmt: skip
+    sizing = Sizing.of(config)
+    assert sizing.weight_bytes == record["weight_bytes"]
+    # That card's free memory was not recorded; torch tells of 139 GiB.
+    size = sizing.cache_size(139 * GIB)
+    held = size.num_blocks * sizing.layout.bytes_per_block
+    assert held == pytest.approx(record["cache_bytes"], rel=0.03)
+
+
+def test_a_stream_takes_whole_pages_with_their_entries(shape):
+    config = EngineConfig.from_flags(model=str(shape()), random_weights=True, dtype="bfloat16")
+    sizing = Sizing.of(config)
+    # Six layers, two heads, keys and values of 32, two bytes; one entry in 16 tokens.
+    assert sizing.raw_bytes_per_token == 6 * 2 * 64 * 2
+    assert sizing.compressed_bytes_per_token == 6 * 2 * 64 * 2 / 16
+    page = 64 * (sizing.raw_bytes_per_token + sizing.compressed_bytes_per_token)
+    assert sizing.stream_bytes(1) == sizing.stream_bytes(64) == page
+    assert sizing.stream_bytes(65) == 2 * page
+
+
+def test_the_memory_that_is_said_to_be_needed_is_just_enough(shape):
+    config = EngineConfig.from_flags(model=str(shape()), random_weights=True)
+    sizing = Sizing.of(config)
+    for context, streams in ((4096, 7), (100, 200), (1, 1)):
+        enough = sizing.needed_bytes(context, streams) + 4096
+        if context == sizing.model.max_position or streams > 1:
+            assert sizing.streams_that_fit(enough, context) >= streams
+        assert sizing.streams_that_fit(enough - sizing.stream_bytes(context), context) < streams
+
+
+def test_nothing_fits_where_the_weights_do_not(shape):
+    sizing = Sizing.of(EngineConfig.from_flags(model=str(shape()), random_weights=True))
+    assert sizing.cache_size(sizing.weight_bytes) is None
+    assert sizing.streams_that_fit(sizing.weight_bytes, 64) == 0
+
+
+def plan(*arguments, code=0):
+    result = CliRunner().invoke(cli.app, ["plan", *arguments], env={"COLUMNS": "160"})
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_command_prints_the_load_and_the_cards():
+    text = plan(
+        *("--shape", "8b", "--context", "64k", "--streams", "40"),
+        *("--memory", "80GiB", "--memory", "139GiB"),
+    ).stdout
+    for found in ("13.77 GiB", "32,768 B", "2,048 B", "2.12 GiB", "85.00 GiB", "yes", "no: "):
+        assert found in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (("--shape", "9x"), "--shape 9x"),
+        (("--shape", "8b", "--context", "x"), "--context"),
+        (("--shape", "135m", "--context", "1m"), "exceeds the model's"),
+        (("--shape", "8b", "--memory", "much"), "no number of bytes"),
+        (("--shape", "8b", "--device", "tpu"), "--device"),
+        (("m", "--shape", "8b"), "give one"),
+    ],
+)
+def test_what_can_not_be_planned_is_refused_in_one_line(arguments, found):
+    result = plan(*arguments, code=2)
+    assert found in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_tokens_are_counted_in_thousands_of_1024():
+    assert (parse_tokens("8192"), parse_tokens("64k"), parse_tokens("1m")) == (8192, 65536, 1 << 20)
+    with pytest.raises(ConfigError):
+        parse_tokens("0")
