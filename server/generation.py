@@ -9,7 +9,7 @@ from typing import Self
 
 from starlette.types import Receive
 
-from ..errors import StepFailed
+from ..errors import InvalidParameter, StepFailed
 from ..request import EngineRequest, FinishReason, RequestOutput
 from .admission import Admission
 from .ports import Engine
@@ -137,8 +137,10 @@ class Generation:
         self._queue.put_nowait(ClientGone())
 
 
-def _failure(output: RequestOutput) -> StepFailed | None:
+def _failure(output: RequestOutput) -> StepFailed | InvalidParameter | None:
     """An output that ends its request without an answer, as an error."""
+    if output.error is not None and output.error_param is not None:
+        return InvalidParameter(output.error, param=output.error_param)
     if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
         return StepFailed(output.error or f"request {output.request_id} was aborted")
     return None

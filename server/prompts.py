@@ -179,6 +179,7 @@ class PromptEncoder:
             logit_bias=self._logit_bias(request.logit_bias or {}),
             bad_words=self._bad_words(request.bad_words or ()),
             skip_special_tokens=request.skip_special_tokens is not False,
+            grammar=request.grammar(),
         )
 
     def _min_tokens(self, request: GenerationRequest, max_tokens: int) -> int:

@@ -25,6 +25,7 @@ from .settings import (
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
 )
+from .structured import StructuredFields
 from .tools.schemas import ToolChoice, Tools
 
 _INT64 = 1 << 63
@@ -34,7 +35,6 @@ _MAX_TOKEN_ID = 1 << 31
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "best_of": (1,),
     "use_beam_search": (False,),
@@ -49,11 +49,7 @@ _UNSUPPORTED = frozenset(_NEUTRAL) | {
     "suffix",
     "chat_template",
     "documents",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
+    "guided_whitespace_pattern",
     "structural_tag",
     "logits_processors",
     "prompt_embeds",
@@ -79,7 +75,7 @@ Stop = Annotated[
 ]
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(StructuredFields):
     """The fields that chat and text completions share."""
 
     model_config = ConfigDict(extra="allow")

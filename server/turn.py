@@ -67,7 +67,7 @@ def prepare_turn(
         )
         for choice in range(asked.num_choices)
     ]
-    parsers = [_parser(services, turn.tools, text) for _ in requests]
+    parsers = [_parser(services, turn.tools, text, request.sampling) for request in requests]
     return PreparedTurn(requests, parsers, len(token_ids))
 
 
@@ -102,10 +102,14 @@ def _sampling(
     return replace(sampling, skip_special_tokens=skips)
 
 
-def _parser(services: Services, tools: ToolUse | None, prompt: str) -> AnswerParser:
+def _parser(
+    services: Services, tools: ToolUse | None, prompt: str, sampling: SamplingParams
+) -> AnswerParser:
+    # A grammar holds from the first token, so that there is no reasoning.
     if tools is not None and tools.forced:
-        # The grammar holds from the first token, so that there is no reasoning.
         return AnswerParser(None, CallParser(CALL_LIST, tools.names), single=tools.single)
+    if sampling.grammar is not None:
+        return AnswerParser(None, None)
     kind = services.settings.reasoning_parser
     splitter = None if kind is None else reasoning_splitter(kind, prompt)
     if tools is None:

@@ -90,11 +90,9 @@ def test_a_number_that_is_none_is_refused(value):
     ("name", "value"),
     [
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
-        ("guided_regex", "a+"),
-        ("structured_outputs", {"json": {}}),
+        ("guided_whitespace_pattern", " ?"),
         ("chat_template", "{{ 1 }}"),
         ("best_of", 3),
         ("suffix", "x"),

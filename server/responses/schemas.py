@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from ...errors import InvalidParameter
+from ...request import GrammarSpec
 from ..body import Strict
 from ..schemas import GenerationRequest, TemplateArguments
 from ..settings import MAX_TOOLS
+from ..structured import schema_grammar
 from ..tools.schemas import (
     FunctionDefinition,
     FunctionName,
@@ -60,6 +63,29 @@ ResponseToolChoice = Annotated[
 ]
 
 
+class TextFormat(Strict):
+    """response_format, with the fields of the schema beside its type."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("schema belongs to type json_schema, which needs it")
+        return self
+
+
+class TextOptions(Strict):
+    """How the answer's text is to be; ``verbosity`` asks for what a model here can't give."""
+
+    format: TextFormat | None = None
+    verbosity: None = None
+
+
 class ResponsesRequest(GenerationRequest):
     """What is said next after ``input``."""
 
@@ -69,6 +95,7 @@ class ResponsesRequest(GenerationRequest):
     tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
+    text: TextOptions | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     chat_template_kwargs: TemplateArguments | None = None
 
@@ -83,6 +110,12 @@ class ResponsesRequest(GenerationRequest):
         if self.prompt_logprobs is not None:
             raise InvalidParameter("prompt_logprobs is not supported here", param="prompt_logprobs")
         return self
+
+    def _grammars(self) -> Iterator[GrammarSpec]:
+        yield from super()._grammars()
+        wanted = self.text.format if self.text is not None else None
+        if wanted is not None and wanted.type != "text":
+            yield schema_grammar(wanted.schema_, "text")
 
     @property
     def limit(self) -> int | None:

@@ -27,7 +27,7 @@ class ToolUse:
         if not self.forced:
             return None
         schema = json.dumps(self._list_schema(), ensure_ascii=False)
-        return GrammarSpec(GrammarKind.JSON, schema)
+        return GrammarSpec(GrammarKind.JSON, schema, "tools")
 
     def _list_schema(self) -> dict[str, Any]:
         """A list of calls. Each tool's own schema is whole under $defs, so that it can refer to
