@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from .. import __version__
-from ..errors import NSAServeError
 from . import replies
 from .logprobs import TokenTexts
 from .prometheus import CONTENT_TYPE
 from .schemas import DetokenizeRequest, TokenizeRequest
 from .services import Services
-
-logger = logging.getLogger("nsa_serve")
 
 
 def admin_router(services: Services) -> APIRouter:
@@ -65,14 +61,14 @@ def _card(services: Services, name: str, created: int) -> replies.ModelCard:
 def _add_probes(router: APIRouter, services: Services) -> None:
     @router.get("/health")
     async def health() -> Response:
-        """Whether the engine's loop answers: it steps, or does nothing on being asked."""
-        return _probe(await _engine_state(services))
+        """Whether the engine's loop turns: it steps, or does nothing on being asked."""
+        return _probe(await services.watchdog.state())
 
     @router.get("/ready")
     async def ready() -> Response:
         """Whether new requests are taken."""
         draining = services.admission.draining
-        return _probe("draining" if draining else await _engine_state(services))
+        return _probe("draining" if draining else await services.watchdog.state())
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -80,18 +76,6 @@ def _add_probes(router: APIRouter, services: Services) -> None:
         snapshot = await services.engine.stats()
         page = services.metrics.page(snapshot, services.admission.num_rejected)
         return Response(page, media_type=CONTENT_TYPE)
-
-
-async def _engine_state(services: Services) -> str:
-    """``ok``, or in a word why the engine can't be used."""
-    try:
-        await services.engine.ping(services.settings.health_timeout)
-    except TimeoutError:
-        logger.warning("the engine did not answer in %g s", services.settings.health_timeout)
-        return "frozen"
-    except NSAServeError:
-        return "dead"
-    return "ok"
 
 
 def _probe(state: str) -> Response:

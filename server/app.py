@@ -18,12 +18,18 @@ from .errors import answer_error, answer_http_error
 from .middleware import APIKeyGuard, BodyLimit, LastResort
 from .openapi import describe
 from .ports import Engine, Tokenizer
+from .request_log import RequestLog, Tracing
 from .responses.route import responses_router
 from .services import Services
 from .settings import ServerSettings
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer, settings: ServerSettings) -> FastAPI:
+def create_app(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    settings: ServerSettings,
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """The server as an ASGI application; ``app.state.services`` has its parts."""
     services = Services.build(engine, tokenizer, settings)
     app = FastAPI(
@@ -37,6 +43,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: ServerSettings) -
     app.add_exception_handler(NSAServeError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     _add_guards(app, settings)
+    app.add_middleware(RequestLog, tracing=tracing)
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,6 +12,7 @@ from ..errors import InvalidParameter
 from .errors import bounded, invalid_fields
 
 T = TypeVar("T", bound=BaseModel)
+BODY_SECONDS = 60.0
 
 
 class Strict(BaseModel):
@@ -27,7 +29,10 @@ async def read_json_bytes(request: Request) -> bytes:
         shown = bounded(repr(sent), 100) if sent else "none"
         raise InvalidParameter(f"content-type must be application/json, not {shown}")
     try:
-        return await request.body()
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.body()
+    except TimeoutError:
+        raise InvalidParameter(f"the body was not complete after {BODY_SECONDS:g} s") from None
     except ClientDisconnect:
         raise InvalidParameter("the connection was closed before the body was complete") from None
 

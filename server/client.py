@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
@@ -130,6 +131,14 @@ class EngineClient:
             await self._heard.wait()
         if self._dead is not None:
             raise self._dead
+
+    def dump_stacks(self) -> None:
+        """Have the engine write the stacks of all its threads to the log.
+
+        It does so in the midst of a step too; one that is stopped does when it goes on.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)
 
     async def stats(self) -> StatsSnapshot:
         """The engine's counters as of its last turn; they can be had while a step is long."""

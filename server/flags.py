@@ -20,6 +20,7 @@ from ..config import (
     Policy,
 )
 from ..errors import ConfigError
+from .log_format import LogFormat
 from .settings import ReasoningParser, ToolCallParser
 
 T = TypeVar("T")
@@ -280,6 +281,18 @@ class ServeFlags(EngineFlags):
     metrics_prefix: Annotated[
         str, _flag(_SERVER, "--metrics-prefix", help="vllm: for dashboards made for vLLM.")
     ] = "nsa_serve"
+    log_format: Annotated[
+        LogFormat, _flag(_SERVER, "--log-format", help="json: an object a line, with request ids.")
+    ] = LogFormat.TEXT
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        _flag(
+            _SERVER,
+            "--otlp-traces-endpoint",
+            metavar="URL",
+            help="Collector for spans of requests (OTLP over HTTP); needs nsa-serve[otel].",
+        ),
+    ] = None
 
     def _refuse(self) -> None:
         # super() without arguments does not know a class with slots.

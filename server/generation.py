@@ -16,6 +16,8 @@ from .ports import Engine
 from .prometheus import Metrics
 
 Arrival = tuple[int, RequestOutput]
+# Outputs that wait here for a slow client; more wait merged, in their streams.
+MAX_QUEUED = 64
 
 
 class ClientGone(Exception):
@@ -44,10 +46,12 @@ class Generation:
         self._metrics = metrics
         self._receive = receive
         self._queue: asyncio.Queue[Arrival | Exception] = asyncio.Queue()
+        self._taken = asyncio.Event()  # set when the queue has been emptied
         self._error: Exception | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._last_token_at: dict[int, float] = {}  # by choice, on the event loop's clock
         self.num_unfinished = len(requests)
+        self.finals: list[RequestOutput] = []  # of choices that have ended
 
     @property
     def num_requests(self) -> int:
@@ -96,6 +100,7 @@ class Generation:
             return []
         while not self._queue.empty():
             taken.append(self._queue.get_nowait())
+        self._taken.set()
         return self._accept(taken)
 
     def _accept(self, taken: Sequence[Arrival | Exception]) -> list[Arrival]:
@@ -119,6 +124,7 @@ class Generation:
                 self._metrics.observe_gap(now - before, len(output.token_ids))
         if output.finish_reason is not None:
             self.num_unfinished -= 1
+            self.finals.append(output)
             self._metrics.observe_final(output)
 
     async def _pump(self, index: int, request: EngineRequest) -> None:
@@ -126,6 +132,9 @@ class Generation:
         try:
             async for output in outputs:
                 self._queue.put_nowait(_failure(output) or (index, output))
+                while self._queue.qsize() >= MAX_QUEUED:
+                    self._taken.clear()
+                    await self._taken.wait()
         except Exception as error:
             self._queue.put_nowait(error)
         finally:

@@ -11,12 +11,16 @@ from ..engine.messages import Rejection
 from ..errors import InvalidParameter, NSAServeError, Overloaded
 from ..request import RequestOutput
 
+# Outputs that may wait unmerged: a token's text is a few bytes, its output a few hundred.
+NUM_UNMERGED = 64
+
 
 class OutputStream:
     """Outputs of one request on their way to its reader; a slow reader gets them merged."""
 
     def __init__(self) -> None:
         self._outputs: list[RequestOutput] = []
+        self._merge_at = NUM_UNMERGED
         self._error: NSAServeError | None = None
         self._arrived = asyncio.Event()
         self.abandoned = False  # nobody reads any more; kept until the engine has ended it
@@ -25,6 +29,8 @@ class OutputStream:
         if not self.abandoned:
             self._outputs.append(output)
             self._arrived.set()
+            if len(self._outputs) >= self._merge_at:
+                self._compact()
 
     def fail(self, error: NSAServeError) -> None:
         self._error = error
@@ -36,11 +42,18 @@ class OutputStream:
         self._arrived.clear()
         if self._outputs:
             outputs, self._outputs = self._outputs, []
+            self._merge_at = NUM_UNMERGED
             if self._error is not None:
                 self._arrived.set()
             return merge(outputs)
         assert self._error is not None
         raise self._error
+
+    def _compact(self) -> None:
+        """Merge what waits. The next time is put off the longer, the more there is to copy."""
+        merged = merge(self._outputs)
+        self._outputs = [merged]
+        self._merge_at = NUM_UNMERGED + len(merged.token_ids) // 16
 
 
 def merge(outputs: list[RequestOutput]) -> RequestOutput:

@@ -80,6 +80,9 @@ _NUMBERS = (
     _Counted("generation_tokens", "Tokens generated", lambda s: s.generation_tokens),
     _Counted("engine_steps", "Steps the engine has run", lambda s: s.num_steps),
     _Counted("request_aborted", "Requests aborted", lambda s: s.num_finished.get("abort", 0)),
+    _Counted(
+        "request_void_logits", "Failed for lack of finite logits", lambda s: s.num_void_logits
+    ),
     _Counted("request_errored", "Requests that failed", lambda s: s.num_finished.get("error", 0)),
 )
 
@@ -98,6 +101,7 @@ class _EngineCollector(Collector):
             return
         for number in _NUMBERS:
             yield self._family(number, self.snapshot)
+        yield self._resident(self.snapshot)
         yield self._rejected(self.snapshot)
         yield self._successes(self.snapshot)
         yield self._iterations(self.snapshot)
@@ -106,6 +110,17 @@ class _EngineCollector(Collector):
         kind = CounterMetricFamily if number.grows else GaugeMetricFamily
         family = kind(f"{self._prefix}:{number.name}", number.text, labels=["model_name"])
         family.add_metric([self._model], number.read(snapshot))
+        return family
+
+    def _resident(self, snapshot: StatsSnapshot) -> Metric:
+        """Blocks that hold something, by the memory that they are in: today the device's alone."""
+        family = GaugeMetricFamily(
+            f"{self._prefix}:kv_cache_blocks_resident",
+            "Blocks that hold something, by where they are",
+            labels=["model_name", "residence"],
+        )
+        held = snapshot.num_blocks_in_use + snapshot.num_blocks_cached
+        family.add_metric([self._model, "device"], held)
         return family
 
     def _rejected(self, snapshot: StatsSnapshot) -> Metric:

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvloop
@@ -22,14 +22,22 @@ from .admission import Admission
 from .app import create_app
 from .client import EngineClient
 from .flags import ServeFlags
+from .http_protocol import BoundedHttp
+from .log_format import configure_logging
+from .services import Services
 from .settings import ServerSettings
 from .startup import server_settings, start_engine, tokenizer_of
 from .stats_line import log_stats
 
+if TYPE_CHECKING:
+    from .tracing import SpanRecorder
+
 STATS_INTERVAL = 10.0  # seconds
+WATCH_INTERVAL = 2.0  # seconds between two questions to the engine
 _BACKLOG = 2048
 _AT_ONCE = 1  # seconds, and
 _LAST_WORDS = 3  # seconds, for connections to close after the streams have ended
+_STALL_MS = 30_000  # for a client that reads nothing while an answer waits for it
 _KEEP_ALIVE = 75  # seconds; longer than a client's pool keeps a connection it may use again
 
 logger = logging.getLogger("nsa_serve")
@@ -40,9 +48,7 @@ def serve(flags: ServeFlags) -> int:
 
     Raises ``ConfigError`` or ``CheckpointError`` for what can't be served.
     """
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s", datefmt="%H:%M:%S"
-    )
+    configure_logging(flags.log_format)
     config = flags.engine_config()
     with (
         contextlib.closing(_bind(flags)) as listener,
@@ -56,6 +62,9 @@ def _bind(flags: ServeFlags) -> socket.socket:
     family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Linux only. Connections inherit it: one whose client takes nothing for so long is cut.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALL_MS)
     try:
         listener.bind((flags.host, flags.port))
     except OSError as error:
@@ -78,19 +87,39 @@ async def _run(
 ) -> int:
     tokenizer = await asyncio.to_thread(tokenizer_of, engine.engine)
     settings = _with_door(server_settings(flags, config, engine.engine), flags)
-    app = create_app(engine, tokenizer, settings)
+    tracing = _tracing(flags, settings.model_name)
+    app = create_app(engine, tokenizer, settings, tracing)
     server = _Uvicorn(_uvicorn_config(app, flags))
-    admission: Admission = app.state.services.admission
-    stopper = _Stopper(server, admission, flags.shutdown_timeout)
+    services: Services = app.state.services
+    stopper = _Stopper(server, services.admission, flags.shutdown_timeout)
     stopper.install()
     async with asyncio.TaskGroup() as group:
-        watch = group.create_task(_stop_when_dead(engine, stopper))
-        stats = group.create_task(log_stats(engine, STATS_INTERVAL))
-        announce = group.create_task(_announce(server, engine.engine, flags, listener))
+        tasks = [
+            group.create_task(_stop_when_dead(engine, stopper)),
+            group.create_task(services.watchdog.watch(WATCH_INTERVAL)),
+            group.create_task(log_stats(engine, STATS_INTERVAL)),
+            group.create_task(_announce(server, engine.engine, flags, listener)),
+        ]
         await server.serve([listener])
-        for task in (watch, stats, announce):
+        for task in tasks:
             task.cancel()
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     return stopper.exit_code
+
+
+def _tracing(flags: ServeFlags, model: str) -> SpanRecorder | None:
+    """Where spans go. Raises ``ConfigError`` where the extra isn't installed."""
+    endpoint = flags.otlp_traces_endpoint
+    if endpoint is None:
+        return None
+    try:
+        from .tracing import span_recorder
+    except ImportError:
+        raise ConfigError(
+            "--otlp-traces-endpoint needs OpenTelemetry: pip install 'nsa-serve[otel]'"
+        ) from None
+    return span_recorder(endpoint, model)
 
 
 def _with_door(settings: ServerSettings, flags: ServeFlags) -> ServerSettings:
@@ -122,6 +151,8 @@ class _Uvicorn(uvicorn.Server):
 def _uvicorn_config(app: Any, flags: ServeFlags) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=BoundedHttp,
+        ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,

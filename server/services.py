@@ -23,6 +23,7 @@ from .prompts import PromptEncoder, Workers
 from .schemas import GenerationRequest
 from .settings import ServerSettings
 from .stream import EventStream, Shape, answer_whole
+from .watchdog import Watchdog
 
 R = TypeVar("R")
 
@@ -80,6 +81,7 @@ class Services:
     """The server's parts, shared by all routes."""
 
     engine: Engine
+    watchdog: Watchdog
     tokenizer: Tokenizer
     settings: ServerSettings
     admission: Admission
@@ -92,6 +94,7 @@ class Services:
     def build(cls, engine: Engine, tokenizer: Tokenizer, settings: ServerSettings) -> Services:
         return cls(
             engine=engine,
+            watchdog=Watchdog(engine, settings.health_timeout),
             tokenizer=tokenizer,
             settings=settings,
             admission=Admission(
@@ -121,6 +124,7 @@ class Services:
             metrics=self.metrics,
             receive=request.receive,
         )
+        request.state.generation = generation
         if prepared.stream:
             return EventStream(generation, prepared.shape, self.settings.keep_alive)
         return await answer_whole(generation, prepared.shape)

@@ -67,7 +67,7 @@ class ServerSettings:
     max_open_tokens: int = 16 << 20  # prompt tokens of those
     tokenizer_threads: int = 2
     keep_alive: float = 10.0  # silence on a stream before a comment line is sent
-    health_timeout: float = 8.0
+    health_timeout: float = 7.0  # for the engine's loop to turn once
     body_bytes: int | None = None  # None: from the context
 
     @property

@@ -26,5 +26,8 @@ class InProcessEngine:
     async def ping(self, timeout: float) -> None:
         return
 
+    def dump_stacks(self) -> None:
+        return
+
     async def stats(self) -> StatsSnapshot:
         return self._engine.stats()

@@ -84,6 +84,7 @@ class FakeEngine:
         self.gate = asyncio.Event()
         self.gate.set()
         self.frozen = False
+        self.num_dumps = 0
         self.dead = False
         self.num_cached = 3
 
@@ -167,6 +168,9 @@ class FakeEngine:
         if self.frozen:
             raise TimeoutError
 
+    def dump_stacks(self) -> None:
+        self.num_dumps += 1
+
     async def stats(self) -> StatsSnapshot:
         counters = EngineStats(num_steps=2, prefix_queries=10, prefix_hits=4, generation_tokens=7)
         counters.count_step(5)
@@ -205,12 +209,14 @@ class Server:
 
 @asynccontextmanager
 async def fake_server(
-    tokenizer: ByteTokenizer | None = None, **settings: Any
+    tokenizer: ByteTokenizer | None = None, tracing: Any = None, **settings: Any
 ) -> AsyncIterator[Server]:
     """A server of the fake model with these settings in place of the defaults."""
     engine = FakeEngine()
     known = {"model_names": (MODEL,), "max_model_len": 1000, "vocab_size": VOCAB}
-    app = create_app(engine, tokenizer or ByteTokenizer(), ServerSettings(**{**known, **settings}))
+    app = create_app(
+        engine, tokenizer or ByteTokenizer(), ServerSettings(**{**known, **settings}), tracing
+    )
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from ..config import EngineConfig
-from ..memory.layout import KVLayout
 from ..models.checkpoint import resolve
 from ..models.layers import choose_dtype
 from ..request import TokenLogprob
@@ -28,6 +27,7 @@ from ..schedule.plan import (
 from ..tokenizer import Tokenizer, read_source
 
 CACHE_TOKENS = 1 << 20  # nothing is stored, so that only the block tables cost memory
+PAGE = 64  # tokens of a block where no selection prescribes it
 TEXT = (
     " There is no model behind this answer. Its words are always the same, and they come at the "
     "pace that was asked for."
@@ -47,7 +47,8 @@ class MockWorker:
         dtype = choose_dtype(config.source.dtype, self.device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         self.device_name = f"a mock of {rate:g} tokens/s"
-        self.page = KVLayout.of(self.model_config, dtype).page
+        nsa = self.model_config.nsa
+        self.page = PAGE if nsa is None else nsa.shape.page
         self.max_model_len = self.model_config.max_position
         self.num_blocks = max(CACHE_TOKENS, self.max_model_len) // self.page + 1
         self.token_budget = token_budget(config, self.device)

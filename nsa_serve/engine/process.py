@@ -7,6 +7,7 @@ goes too.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import shutil
@@ -92,6 +93,9 @@ def main() -> int:
     # The server decides when the engine ends: it may want to drain first.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # A crash in native code, and a server that finds the engine frozen, leave stacks in the log.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     folder = sys.argv[1]
     config = config_decoder.decode(read_frame(sys.stdin.buffer))

@@ -1,0 +1,139 @@
+"""An id for every request, echoed as ``x-request-id``; when it has ended, a line and its spans."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..request import RequestOutput
+
+logger = logging.getLogger("nsa_serve.access")
+
+HEADER = b"x-request-id"
+_SOUND_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_PROBES = frozenset({"/health", "/ready", "/metrics"})
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRequest:
+    """What is told of a request when it has ended. Never its text, nor its answer's."""
+
+    request_id: str
+    method: str
+    path: str
+    status: int  # 0: the client left before an answer began
+    start: float  # seconds on the monotonic clock
+    end: float
+    finals: Sequence[RequestOutput]  # of its choices, as far as they ended
+    headers: Mapping[str, str]
+
+    @property
+    def num_prompt(self) -> int:
+        return sum(final.usage.prompt_tokens for final in self.finals if final.usage)
+
+    @property
+    def num_generated(self) -> int:
+        return sum(final.usage.completion_tokens for final in self.finals if final.usage)
+
+    def fields(self) -> dict[str, Any]:
+        """For a structured log."""
+        known = {
+            "request_id": self.request_id,
+            "method": self.method,
+            "path": self.path,
+            "status": self.status,
+            "seconds": round(self.end - self.start, 6),
+        }
+        if not self.finals:
+            return known
+        reasons = [final.finish_reason for final in self.finals if final.finish_reason]
+        return known | {
+            "prompt_tokens": self.num_prompt,
+            "generated_tokens": self.num_generated,
+            "finish_reasons": [reason.value for reason in reasons],
+        }
+
+
+class Tracing(Protocol):
+    """Where spans go."""
+
+    def record(self, ended: EndedRequest) -> None: ...
+
+
+class RequestLog:
+    """ASGI middleware, outermost. Routes leave the ``Generation`` of a request in its state."""
+
+    def __init__(self, app: ASGIApp, tracing: Tracing | None = None) -> None:
+        self.app = app
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id, start, status = _request_id(scope), time.monotonic(), 0
+        # The server gives every request a copy of its own state.
+        state = scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (HEADER, request_id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            generation = state.get("generation")
+            finals = generation.finals if generation else ()
+            self._tell(_ended(scope, request_id, status, start, finals))
+
+    def _tell(self, ended: EndedRequest) -> None:
+        level = logging.DEBUG if ended.path in _PROBES else logging.INFO
+        if logger.isEnabledFor(level):
+            logger.log(level, _line(ended), extra={"fields": ended.fields()})
+        if self._tracing is not None and ended.finals:
+            self._tracing.record(ended)
+
+
+def _ended(
+    scope: Scope, request_id: str, status: int, start: float, finals: Sequence[RequestOutput]
+) -> EndedRequest:
+    return EndedRequest(
+        request_id=request_id,
+        method=scope["method"],
+        path=scope["path"],
+        status=status,
+        start=start,
+        end=time.monotonic(),
+        finals=finals,
+        headers={
+            key.decode("latin-1"): value.decode("latin-1")
+            for key, value in scope["headers"]
+            if key in (b"traceparent", b"tracestate")
+        },
+    )
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own, if it is short and plain; else a new one."""
+    for key, value in scope["headers"]:
+        if key == HEADER and _SOUND_ID.fullmatch(value):
+            return bytes(value).decode()
+    return uuid.uuid4().hex
+
+
+def _line(ended: EndedRequest) -> str:
+    # The path is the client's: nothing that could begin a new line in the log.
+    path = ended.path.encode("unicode_escape").decode()[:200]
+    tokens = f", {ended.num_prompt} + {ended.num_generated} tokens" if ended.finals else ""
+    seconds = ended.end - ended.start
+    return f"{ended.method} {path} {ended.status} in {seconds:.3f} s{tokens}, {ended.request_id}"

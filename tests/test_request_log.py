@@ -1,0 +1,177 @@
+"""What is told of requests: an id, a line of the log, spans; and that no text of theirs is."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import re
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from nsa_serve.request import FinishReason, RequestOutput, RequestTimes, Usage
+from nsa_serve.server import serve as serve_room
+from nsa_serve.server.flags import ServeFlags
+from nsa_serve.server.log_format import JsonFormatter
+from nsa_serve.server.request_log import EndedRequest
+from nsa_serve.server.tracing import SpanRecorder
+from tests.server_fakes import fake_server
+
+SECRET = "the secret of the prompt"
+
+
+def ask(path="/v1/chat/completions", *, headers=None, body=None, **settings):
+    async def scenario():
+        async with fake_server(**settings) as server:
+            if body is None:
+                return await server.client.get(path, headers=headers)
+            return await server.post(path, body, headers=headers)
+
+    return asyncio.run(scenario())
+
+
+def chat(**fields):
+    return {"messages": [{"role": "user", "content": SECRET}], **fields}
+
+
+@pytest.mark.parametrize("path", ["/health", "/version", "/nowhere"])
+def test_the_clients_id_is_echoed_whatever_the_answer(path):
+    response = ask(path, headers={"x-request-id": "trace-7:a/b=c"})
+    assert response.headers["x-request-id"] == "trace-7:a/b=c"
+
+
+@pytest.mark.parametrize("sent", [None, "", "two words", "x" * 129, "a\tb"])
+def test_an_id_is_made_where_none_can_be_used(sent):
+    headers = None if sent is None else {"x-request-id": sent}
+    response = ask("/version", headers=headers)
+    assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refused_key_and_a_stream_have_ids_too(stream):
+    response = ask(body=chat(stream=stream), headers={"x-request-id": "mine"})
+    refused = ask("/version", headers={"x-request-id": "mine"}, api_keys=("k",))
+    assert (response.headers["x-request-id"], refused.headers["x-request-id"]) == ("mine", "mine")
+    assert (response.status_code, refused.status_code) == (200, 401)
+
+
+def records(caplog):
+    return [record for record in caplog.records if record.name == "nsa_serve.access"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_leaves_one_line_with_its_account_and_without_its_text(caplog, stream):
+    with caplog.at_level(logging.INFO):
+        ask(body=chat(stream=stream, n=2), headers={"x-request-id": "id-9"})
+    (record,) = records(caplog)
+    fields = record.fields
+    assert fields.pop("seconds") >= 0
+    assert fields == {
+        "request_id": "id-9", "method": "POST", "path": "/v1/chat/completions", "status": 200,
+        "prompt_tokens": 2 * 41, "generated_tokens": 12, "finish_reasons": ["stop", "stop"],
+    }  # fmt: skip
+    assert record.getMessage().endswith("s, 82 + 12 tokens, id-9")
+    assert SECRET not in caplog.text
+
+
+def test_a_refused_request_leaves_a_line_that_does_not_echo_it(caplog):
+    with caplog.at_level(logging.DEBUG):
+        ask(body=chat(temperature=SECRET))
+    (record,) = records(caplog)
+    assert record.fields["status"] == 400
+    assert SECRET not in caplog.text
+
+
+def test_probes_are_below_the_level_of_the_log(caplog):
+    with caplog.at_level(logging.INFO):
+        for path in ("/health", "/ready", "/metrics"):
+            ask(path)
+    assert not records(caplog)
+
+
+def test_a_path_can_not_forge_a_line(caplog):
+    with caplog.at_level(logging.INFO):
+        ask("/a%0aERROR%20forged")
+    (record,) = records(caplog)
+    assert "\n" not in record.getMessage()
+
+
+def test_the_json_log_has_an_object_a_line():
+    record = logging.LogRecord("nsa_serve", logging.WARNING, "f", 1, "two\nlines %d", (7,), None)
+    record.fields = {"request_id": "a"}
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    entry = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", entry.pop("time"))
+    assert entry == {
+        "level": "warning", "logger": "nsa_serve", "message": "two\nlines 7", "request_id": "a",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def exporter():
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def recorder(exporter):
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    recorder = SpanRecorder(provider, "fake")
+    yield recorder
+    recorder.close()
+
+
+def traced(recorder, **request):
+    async def scenario():
+        async with fake_server(tracing=recorder) as server:
+            return await server.post("/v1/chat/completions", chat(**request), headers=PARENT)
+
+    return asyncio.run(scenario())
+
+
+TRACE, PARENT_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PARENT = {"traceparent": f"00-{TRACE}-{PARENT_SPAN}-01"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_a_span_with_queue_prefill_and_decode_below_it(recorder, exporter, stream):
+    assert traced(recorder, stream=stream).status_code == 200
+    *phases, whole = exporter.get_finished_spans()
+    assert [span.name for span in phases] == ["queue", "prefill", "decode"]
+    assert {span.parent.span_id for span in phases} == {whole.context.span_id}
+    seconds = [(span.end_time - span.start_time) / 1e9 for span in phases]
+    assert seconds == pytest.approx([0.25, 0.75, 1.5], abs=1e-6)
+    assert all(a.end_time == b.start_time for a, b in itertools.pairwise(phases))
+    assert whole.attributes["gen_ai.usage.output_tokens"] == 6
+    assert whole.attributes["gen_ai.response.finish_reasons"] == ("stop",)
+
+
+def test_a_span_continues_the_clients_trace(recorder, exporter):
+    traced(recorder)
+    whole = exporter.get_finished_spans()[-1]
+    assert f"{whole.context.trace_id:032x}" == TRACE
+    assert f"{whole.parent.span_id:016x}" == PARENT_SPAN
+
+
+def test_no_text_is_in_a_span(recorder, exporter):
+    traced(recorder)
+    assert SECRET not in "".join(span.to_json() for span in exporter.get_finished_spans())
+
+
+def test_a_request_that_never_ran_has_no_phases(recorder, exporter):
+    times = RequestTimes(arrival=1.0, first_scheduled=None, first_token=None, last_token=None)
+    final = RequestOutput(
+        request_id="a", finish_reason=FinishReason.ABORT, usage=Usage(3, 0, 0), times=times
+    )
+    recorder.record(EndedRequest("a", "POST", "/v1/completions", 0, 1.0, 2.0, [final], {}))
+    (whole,) = exporter.get_finished_spans()
+    assert whole.status.status_code.name == "ERROR"
+
+
+def test_without_an_endpoint_nothing_is_traced():
+    assert serve_room._tracing(ServeFlags(), "m") is None
