@@ -72,14 +72,47 @@ class NSAShape:
 
 @dataclass(frozen=True, slots=True)
 class PagedKV:
-    """One layer's raw keys and values, by device slot. Strides are free; the last one is 1."""
+    """One layer's raw keys and values, by device slot. Strides are free; the last one is 1.
+
+    Where ``host`` is set, slot S + i is its page i, read in place by the selected branch: memory of
+    the host that the device can address, strided as the device's. All else is on the device.
+    """
 
     k: Tensor  # [S, Hkv, P, Dk]
     v: Tensor  # [S, Hkv, P, Dv]
+    host: PagedKV | None = None
 
     def __post_init__(self) -> None:
         check(self.k.ndim == 4 and self.v.ndim == 4, "paged K/V have four axes", k=self.k, v=self.v)
         check(self.k.shape[:3] == self.v.shape[:3], "k and v differ in pages", k=self.k, v=self.v)
+        if self.host is not None:
+            strides = (self.k.stride(), self.v.stride())
+            alike = (self.host.k.stride(), self.host.v.stride()) == strides
+            check(alike, "host pages are strided otherwise", k=self.k, host=self.host.k)
+
+
+@dataclass(frozen=True, slots=True)
+class HotBlocks:
+    """One layer's pieces of host pages that are kept on the device, for each KV head its own.
+
+    Hot slot i is slot ``first_slot`` + i of the layer's ``PagedKV``: a page slot whose heads hold
+    pieces of different blocks. A step's launches share ``victims`` … ``counts``.
+    """
+
+    first_slot: int
+    owners: Tensor  # [Hkv, H] int32, block whose piece is in each hot slot; −1 for none
+    places: Tensor  # [Hkv, N] int32, hot slot of each block; −1 for none
+    last_used: Tensor  # [Hkv, H] int32, step of the last use
+    order: Tensor  # [Hkv, H] int32, hot slots by last use before this step, oldest first
+    clock: Tensor  # [1] int32, number of this step
+    claims: Tensor  # [Hkv, N] int32, scratch: ``UNCLAIMED`` between launches
+    victims: Tensor  # [Hkv, H] int32, scratch
+    fetched: Tensor  # [Hkv, H] int32, scratch: host pages to fetch into victims
+    num_fetched: Tensor  # [Hkv] int32, scratch
+    counts: Tensor  # [3] int64: look-ups of host pages, hits among them, pieces fetched
+
+
+UNCLAIMED = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A fake runner whose pages live in slots of two tiers and whose copies come as late as they may."""
+"""A fake runner whose pages live in slots of two tiers and whose copies come as late as can be."""
 
 from __future__ import annotations
 

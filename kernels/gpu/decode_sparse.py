@@ -17,6 +17,7 @@ import triton.language as tl
 from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
 from .context_splits import LOG2_E, fitting_stages
+from .paged_tiles import tier_of
 
 Tensor = torch.Tensor
 
@@ -126,6 +127,9 @@ def _attend_pages(
     q_ptr,  # [T, Hq, Dk]
     k_ptr,  # [S, Hkv, P, Dk]
     v_ptr,  # [S, Hkv, P, Dv]
+    host_k_ptr,  # where tiered: page i is slot S + i
+    host_v_ptr,
+    num_slots,  # S
     selection_ptr,  # [T, Hkv, n]
     slots_ptr,  # [T, Hkv, n], where resolved
     positions_ptr,  # [T]
@@ -167,6 +171,7 @@ def _attend_pages(
     GATED: tl.constexpr,
     COMPRESSED: tl.constexpr,
     RESOLVED: tl.constexpr,
+    TIERED: tl.constexpr,
 ):
     GROUP: tl.constexpr = HQ // HKV
     head = tl.program_id(0)
@@ -224,13 +229,17 @@ def _attend_pages(
         )  # fmt: skip
         at = page * PAGE + keys
         written = at <= position
+        k_pages, v_pages = k_ptr, v_ptr
+        if TIERED:
+            k_pages, _ = tier_of(k_ptr, host_k_ptr, slot, num_slots)
+            v_pages, slot = tier_of(v_ptr, host_v_ptr, slot, num_slots)
         k = tl.load(
-            k_ptr + slot * stride_kn + head * stride_kh + keys[None, :] * stride_kp + dk[:, None],
+            k_pages + slot * stride_kn + head * stride_kh + keys[None, :] * stride_kp + dk[:, None],
             mask=written[None, :] & (dk < DK)[:, None],
             other=0.0,
         )  # [DK, PAGE]
         v = tl.load(
-            v_ptr + slot * stride_vn + head * stride_vh + keys[:, None] * stride_vp + dv[None, :],
+            v_pages + slot * stride_vn + head * stride_vh + keys[:, None] * stride_vp + dv[None, :],
             mask=written[:, None] & (dv < DV)[None, :],
             other=0.0,
         )  # [PAGE, DV]
@@ -368,8 +377,10 @@ def decode_sparse_attention(
     slots = None if slots is None else slots.contiguous()
     dk_pad, dv_pad = triton.next_power_of_2(dk), triton.next_power_of_2(dv)
     page_bytes = nsa.page * (dk_pad + dv_pad) * kv.k.element_size()
+    host = kv.host or kv
     _attend_pages[hkv, shares, tokens](
-        q, kv.k, kv.v, selection, selection if slots is None else slots,
+        q, kv.k, kv.v, host.k, host.v, kv.k.shape[0],
+        selection, selection if slots is None else slots,
         batch.positions, batch.token_rows, batch.slot_table, out, compressed, gates,
         top, total, acc, LOG2_E / dk**0.5,
         q.stride(0), q.stride(1), *kv.k.stride()[:3], *kv.v.stride()[:3],
@@ -377,7 +388,7 @@ def decode_sparse_attention(
         HQ=hq, HKV=hkv, DK=dk, DV=dv, DK_PAD=dk_pad, DV_PAD=dv_pad,
         ROWS=max(16, triton.next_power_of_2(hq // hkv)), PAGE=nsa.page, WINDOW=nsa.window,
         SELECTED=nsa.num_selected, SELECTED_PAD=triton.next_power_of_2(nsa.num_selected),
-        SHARES=shares, RESOLVED=slots is not None, **branches,
+        SHARES=shares, RESOLVED=slots is not None, TIERED=kv.host is not None, **branches,
         num_warps=tiles.warps, num_stages=fitting_stages(tiles.stages, page_bytes),
     )  # fmt: skip
     if shares > 1:

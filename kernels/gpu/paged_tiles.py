@@ -48,6 +48,16 @@ def page_rows(page: int) -> int:
 
 
 @triton.jit
+def tier_of(device_ptr, host_ptr, slot, num_slots):
+    """(pages, number among them) of a slot: those of the device, from ``num_slots`` on the host's.
+
+    Both are strided alike.
+    """
+    away = slot >= num_slots
+    return tl.where(away, host_ptr, device_ptr), tl.where(away, slot - num_slots, slot)
+
+
+@triton.jit
 def load_page(source, slot, head, stride_s, stride_h, stride_p, P: tl.constexpr,
               BP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
               DESCRIPTORS: tl.constexpr):  # fmt: skip

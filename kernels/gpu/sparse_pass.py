@@ -25,6 +25,7 @@ from .paged_tiles import (
     load_tokens,
     page_operand,
     page_rows,
+    tier_of,
 )
 from .query_tiles import locate_tile, num_query_tiles
 from .tuning import Tile, sparse_tile
@@ -67,13 +68,14 @@ def sparse_pass(
     """Attention [T, Hq, Dv] over selected pages; with gates and ``out``: ``out`` + gate x that."""
     num_tokens, num_q_heads, dk = q.shape
     num_kv_heads, dv = kv.v.shape[1], kv.v.shape[3]
-    check(kv.k.shape[0] <= 1 << SLOT_BITS.value, "more pages than listed slots can name", k=kv.k)
+    num_slots = kv.k.shape[0] + (0 if kv.host is None else kv.host.k.shape[0])
+    check(num_slots <= 1 << SLOT_BITS.value, "more pages than listed slots can name", k=kv.k)
     tile = tile or sparse_tile(num_q_heads // num_kv_heads, max(dk, dv))
     union = unite_pages(selection, slots, batch, nsa=nsa, tile_tokens=tile.tokens)
     if out is None:
         out = q.new_empty(num_tokens, num_q_heads, dv)
     if descriptors is None:
-        descriptors = described(kv)
+        descriptors = described(kv) and kv.host is None
     _launch(q, kv, union, batch, nsa, gate_logits, out, tile, descriptors)
     return out
 
@@ -92,11 +94,15 @@ def _launch(
     num_kv_heads = kv.k.shape[1]
     num_tiles = num_query_tiles(q.shape[0], batch.num_rows, tile.tokens)
     gates = out if gate_logits is None else gate_logits
+    host = kv.host or kv
     _sparse_kernel[(num_tiles, num_kv_heads)](
         q,
         page_operand(kv.k, descriptors),
         page_operand(kv.v, descriptors),
         kv.v,
+        host.k,
+        host.v,
+        kv.k.shape[0],
         union.items,
         union.counts,
         union.near_bits,
@@ -128,6 +134,7 @@ def _launch(
         NEAR=union.near_bits.shape[2],
         GATED=gate_logits is not None,
         DESCRIPTORS=descriptors,
+        TIERED=kv.host is not None,
         STAGES=tile.stages,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -150,6 +157,9 @@ def _sparse_kernel(
     k_source,
     v_source,
     v_ptr,
+    host_k_ptr,
+    host_v_ptr,
+    num_slots,
     items_ptr,
     counts_ptr,
     near_ptr,
@@ -187,6 +197,7 @@ def _sparse_kernel(
     NEAR: tl.constexpr,
     GATED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    TIERED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """BT tokens x G heads of one KV head; rows are token-major."""
@@ -223,9 +234,13 @@ def _sparse_kernel(
         upcoming = tl.load(items + i + 1, mask=i + 1 < count, other=0)
         slot = (item & SLOT_MASK).to(tl.int32)
         bits = ((item >> SLOT_BITS) & TOKEN_MASK).to(tl.int32)
-        k = load_page(k_source, slot, head, k_stride_s, k_stride_h, k_stride_p,
+        k_pages, v_pages = k_source, v_source
+        if TIERED:
+            k_pages, _ = tier_of(k_source, host_k_ptr, slot, num_slots)
+            v_pages, slot = tier_of(v_source, host_v_ptr, slot, num_slots)
+        k = load_page(k_pages, slot, head, k_stride_s, k_stride_h, k_stride_p,
                       P, BP, DK, BLOCK_DK, DESCRIPTORS)  # fmt: skip
-        v = load_page(v_source, slot, head, v_stride_s, v_stride_h, v_stride_p,
+        v = load_page(v_pages, slot, head, v_stride_s, v_stride_h, v_stride_p,
                       P, BP, DV, BLOCK_DV, DESCRIPTORS)  # fmt: skip
         hit = ((bits >> (rows // G)) & 1) != 0
         top, total, acc = _fold_page(q, k, v, hit, inside, scale, top, total, acc)

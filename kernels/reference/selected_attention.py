@@ -11,6 +11,7 @@ from ..shapes import NSAShape, PagedKV, StepBatch
 from .dense_attention import attend_prefix
 from .paged import QueryTile, check_queries, gather_both, long_rows, short_tokens
 from .softmax_attention import PageRead, attend_pages, attend_tile, page_reads
+from .tiers import joined
 
 Tensor = torch.Tensor
 
@@ -39,6 +40,7 @@ def selected_attention(
     check(selection.shape == expected, "selection is not [T, Hkv, n]", selection=selection)
     check(slots is None or slots.shape == expected, "slots are not [T, Hkv, n]", slots=slots)
     check(kv.k.shape[2] == nsa.page, "the cache has another page size", k=kv.k, P=nsa.page)
+    kv = joined(kv)
     tokens = short_tokens(batch)
     if tokens is None:
         return _by_token(q, kv, batch, selection, slots, batch.positions, batch.token_rows)
