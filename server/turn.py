@@ -97,9 +97,12 @@ def _sampling(
                 param="tool_choice",
             )
         return replace(sampling, grammar=turn.tools.grammar)
+    grammar = sampling.grammar
+    if grammar is not None:
+        grammar = turn.tools.grammar_beside(grammar, services.prompts.tools.free_form())
     # Some vocabularies have the marks of calls among their special tokens.
     skips = bool(asked.skip_special_tokens)
-    return replace(sampling, skip_special_tokens=skips)
+    return replace(sampling, skip_special_tokens=skips, grammar=grammar)
 
 
 def _parser(
@@ -108,9 +111,7 @@ def _parser(
     # A grammar holds from the first token, so that there is no reasoning.
     if tools is not None and tools.forced:
         return AnswerParser(None, CallParser(CALL_LIST, tools.names), single=tools.single)
-    if sampling.grammar is not None:
-        return AnswerParser(None, None)
-    kind = services.settings.reasoning_parser
+    kind = None if sampling.grammar is not None else services.settings.reasoning_parser
     splitter = None if kind is None else reasoning_splitter(kind, prompt)
     if tools is None:
         return AnswerParser(splitter, None)

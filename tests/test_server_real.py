@@ -133,6 +133,74 @@ def test_chat_logprobs_have_their_bytes(client):
         assert entry.top_logprobs[0].logprob == entry.logprob
 
 
+def test_words_that_must_not_be_said_are_not(client):
+    answer = client.chat.completions.create(
+        model=MODEL, messages=PARIS, temperature=0, max_tokens=8,
+        extra_body={"bad_words": ["Paris", "capital of France"]},
+    )  # fmt: skip
+    said = answer.choices[0].message.content
+    assert said.startswith("The capital of")
+    assert "Paris" not in said
+    assert "capital of France" not in said
+
+
+def test_an_answer_is_as_long_as_asked_at_least(client):
+    answer = client.chat.completions.create(
+        model=MODEL, messages=PARIS, temperature=0, max_tokens=12, extra_body={"min_tokens": 10}
+    )
+    assert answer.choices[0].message.content.startswith("The capital of France is Paris.")
+    assert answer.usage.completion_tokens >= 10
+
+
+def test_a_bias_makes_a_token_certain(client):
+    answer = client.completions.create(
+        model=MODEL, prompt="The capital", max_tokens=3, logit_bias={"100": 100}
+    )
+    assert len(set(answer.choices[0].text)) == 1
+
+
+def test_prompt_logprobs_are_of_each_prompt_token(client):
+    answer = client.completions.create(
+        model=MODEL, prompt="The capital of France is", max_tokens=1,
+        extra_body={"prompt_logprobs": 1},
+    )  # fmt: skip
+    first, *others = answer.choices[0].prompt_logprobs
+    assert first is None
+    assert len(others) == answer.usage.prompt_tokens - 1
+    assert "".join(list(entry.values())[-1]["decoded_token"] for entry in others) == (
+        " capital of France is"
+    )
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+def test_a_tool_that_must_be_called_is(client):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Weather in Paris?"}], temperature=0,
+        tools=[tool], tool_choice="required", parallel_tool_calls=False, max_tokens=60,
+    )  # fmt: skip
+    (choice,) = answer.choices
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, choice.finish_reason) == ("weather", "tool_calls")
+    assert set(json.loads(call.function.arguments)) == {"city"}
+
+
+def test_a_response_is_the_same_streamed_and_whole(client):
+    asked = {"model": MODEL, "input": PARIS, "temperature": 0}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        streamed = stream.get_final_response()
+    assert streamed.output_text == whole.output_text == "The capital of France is Paris."
+    assert streamed.usage.output_tokens == whole.usage.output_tokens
+
+
 def test_a_client_that_leaves_frees_its_place(url):
     body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with httpx.Client(base_url=url, timeout=60) as http:

@@ -8,8 +8,12 @@ import json
 import jsonschema
 import pytest
 
+from nsa_serve.config import EngineConfig
+from nsa_serve.engine.grammar import GrammarCompiler
+from nsa_serve.models.checkpoint import resolve
 from nsa_serve.request import FinishReason, GrammarKind
 from nsa_serve.server.settings import ReasoningParser, ToolCallParser
+from nsa_serve.tokenizer import Tokenizer, read_source
 from tests.server_fakes import ByteTokenizer, events, fake_server
 
 WEATHER = {
@@ -219,6 +223,84 @@ def test_required_without_parallel_calls_is_one_call():
 def called(call_id, name, arguments):
     function = {"name": name, "arguments": arguments}
     return {"id": call_id, "type": "function", "function": function}
+
+
+ANSWER = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "answer",
+        "schema": {
+            "type": "object",
+            "properties": {"degrees": {"type": "integer"}},
+            "additionalProperties": False,
+        },
+    },
+}
+ONE = '{"name": "weather", "arguments": {"city": "Köln", "near": {"city": "x"}}}'
+OTHER = '{"name": "time", "arguments": {}}'
+TAGGED = f"<tool_call>\n{ONE}\n</tool_call>"
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    source = read_source(resolve(EngineConfig.from_flags().source), None)
+    tokenizer = Tokenizer(source)
+    return GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size, eos_token_ids=[2]), tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "parallel", "allowed", "refused"),
+    [
+        (
+            HERMES,
+            True,
+            ['{"degrees": 3}', TAGGED, f"{TAGGED}\n<tool_call>\n{OTHER}\n</tool_call>"],
+            ['{"degrees": "x"}', "Hello", "<tool_call>\n{}\n</tool_call>", ONE],
+        ),
+        (
+            "<|python_tag|>",
+            True,
+            ['{"degrees": 3}', ONE, f"{ONE}; {OTHER}"],
+            ["Hello", '{"name": "no", "arguments": {}}; {', TAGGED],
+        ),
+        (HERMES, False, [TAGGED], [f"{TAGGED}\n<tool_call>\n{OTHER}\n</tool_call>"]),
+    ],
+)
+def test_an_answer_of_a_given_form_may_still_be_calls(
+    compiler, template, parallel, allowed, refused
+):
+    compiler, tokenizer = compiler
+    fields = {"response_format": ANSWER, "parallel_tool_calls": parallel}
+    _, request = chat(TAGGED, template=template, **fields)
+
+    def is_allowed(text):
+        matcher = compiler.compile(request.sampling.grammar).matcher
+        ids = tokenizer.encode(text, add_special=False)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    assert [text for text in allowed if not is_allowed(text)] == []
+    assert [text for text in refused if is_allowed(text)] == []
+
+
+def test_calls_beside_a_form_are_read_and_the_form_is_content():
+    choice, _ = chat(TAGGED, response_format=ANSWER)
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
+    choice, _ = chat('{"degrees": 3}', response_format=ANSWER)
+    assert choice["message"]["content"] == '{"degrees": 3}'
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_regex": "a+"},
+        {"guided_json": "no JSON"},
+        {"response_format": ANSWER, "tool_choice": "required"},
+    ],
+)
+def test_a_form_that_calls_can_not_stand_beside_is_refused(fields):
+    response, requests, _ = serve(lambda s: s.chat(tools=[WEATHER], **fields))
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tool_choice")
+    assert requests == []
 
 
 HISTORY = [

@@ -22,12 +22,13 @@ class CallForm:
     opening: str  # "" for none
     closing: str
     bare: bool = False  # whether a text may begin with a call, without a mark
+    between: str = "\n"  # from one call to the next
 
 
 # Qwen2.5, Qwen3 and the Hermes models.
 HERMES = CallForm("<tool_call>", "</tool_call>")
-# Llama 3.1 to 3.3: bare objects with a semicolon between them.
-LLAMA3_JSON = CallForm("<|python_tag|>", "", bare=True)
+# Llama 3.1 to 3.3: bare objects.
+LLAMA3_JSON = CallForm("<|python_tag|>", "", bare=True, between="; ")
 # What a grammar makes of a text that must be calls: a list of them.
 CALL_LIST = CallForm("", "", bare=True)
 

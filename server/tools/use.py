@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import InvalidParameter
 from ...request import GrammarKind, GrammarSpec
+from ..answer.call_parser import CallForm
 from .schemas import NamedChoice, Tool, ToolChoice
 
 
@@ -29,22 +30,50 @@ class ToolUse:
         schema = json.dumps(self._list_schema(), ensure_ascii=False)
         return GrammarSpec(GrammarKind.JSON, schema, "tools")
 
+    def grammar_beside(self, answer: GrammarSpec, form: CallForm) -> GrammarSpec:
+        """What a free answer must be: ``answer``, or calls in the model's own form.
+
+        Raises ``InvalidParameter`` for an answer that no JSON schema describes.
+        """
+        schema = _object(answer.text) if answer.kind is GrammarKind.JSON else None
+        if schema is None:
+            raise InvalidParameter(
+                f"{answer.param} is no JSON schema, so that calls can't stand beside it; set "
+                'tool_choice to "none"',
+                param="tool_choice",
+            )
+        call = _json_rule({"anyOf": self._calls(), "$defs": self._definitions()})
+        marked = [json.dumps(f"{form.opening}\n"), call, json.dumps(f"\n{form.closing}")]
+        lark = [
+            "start: answer | calls",
+            f"answer: {_json_rule(schema)}",
+            "calls: call" if self.single else f"calls: call ({json.dumps(form.between)} call)*",
+            f"call: {call if form.bare else ' '.join(marked)}",
+        ]
+        return GrammarSpec(GrammarKind.GRAMMAR, "\n".join(lark), answer.param)
+
     def _list_schema(self) -> dict[str, Any]:
-        """A list of calls. Each tool's own schema is whole under $defs, so that it can refer to
-        its own parts there."""
-        callable_tools = [tool.function for tool in self.tools if tool.function.name in self.names]
-        calls = [_call_schema(function.name) for function in callable_tools]
+        """A list of calls."""
         at_most = {"maxItems": 1} if self.single else {}
+        calls = {"anyOf": self._calls()}
         return {
             "type": "array",
             "minItems": 1,
             **at_most,
-            "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
-            "$defs": {
-                function.name: _moved(function.parameters or {}, function.name)
-                for function in callable_tools
-            },
+            "items": calls,
+            "$defs": self._definitions(),
         }
+
+    def _calls(self) -> list[dict[str, Any]]:
+        return [_call_schema(tool.function.name) for tool in self._callable()]
+
+    def _definitions(self) -> dict[str, Any]:
+        """Each tool's own schema, whole, so that it can refer to its own parts."""
+        functions = [tool.function for tool in self._callable()]
+        return {f.name: _moved(f.parameters or {}, f.name) for f in functions}
+
+    def _callable(self) -> list[Tool]:
+        return [tool for tool in self.tools if tool.function.name in self.names]
 
 
 def tool_use(
@@ -95,3 +124,17 @@ def _moved(schema: Any, name: str) -> Any:
     if isinstance(target, str) and target.startswith("#"):
         moved["$ref"] = f"#/$defs/{name}{target[1:]}"
     return moved
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return schema if isinstance(schema, dict) else None
+
+
+def _json_rule(schema: dict[str, Any]) -> str:
+    """Lark for JSON of this schema. Models that have lost their way write space for ever."""
+    bounded = {"x-guidance": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}"}, **schema}
+    return f"%json {json.dumps(bounded, ensure_ascii=False)}"
