@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, TypeVar
 
 import torch
 
 from .contracts import check
 
 Tensor = torch.Tensor
+Found = TypeVar("Found")
 
 # Tokens of a row in a decode step: one, or more under speculation.
 MAX_DECODE_QUERIES = 8
@@ -197,6 +200,18 @@ class StepBatch:
     # Every token by the same kernels, whatever else is in the step: its bytes then depend on its
     # request alone. Rows of few tokens are slower for it.
     uniform: bool = False
+    # What ``once`` has found; it goes with the step.
+    found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
+        """``find()``, or what it gave before under ``key``: what all layers of a step share.
+
+        ``find`` may read the batch's own tensors and what ``key`` holds, nothing else.
+        """
+        if key not in self.found:
+            self.found[key] = find()
+        known: Found = self.found[key]
+        return known
 
     @property
     def is_short(self) -> bool:

@@ -5,6 +5,7 @@ import torch
 
 from nsa_serve.kernels.shapes import NSAShape
 from nsa_serve.memory.device_pool import DevicePool
+from nsa_serve.memory.large_pages import allocate_large
 from nsa_serve.memory.layout import KVLayout
 from nsa_serve.models.config import ModelConfig, NSAConfig
 
@@ -99,3 +100,12 @@ def test_the_layout_follows_the_model(nsa):
     page, entries = (32, 2) if nsa else (64, 0)
     assert layout == KVLayout(4, 2, 16, 8, page, entries, torch.bfloat16)
     assert [layout.num_pages(n) for n in (0, 1, page, page + 1)] == [0, 1, 1, 2]
+
+
+def test_large_pages_give_a_flat_tensor_that_can_be_written() -> None:
+    found = allocate_large(3_000_001, torch.bfloat16)
+    assert found.shape == (3_000_001,)
+    assert found.dtype == torch.bfloat16
+    found.fill_(2.5)
+    assert bool((found == 2.5).all())
+    assert allocate_large(0, torch.float32).numel() == 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from ..contracts import check
 from ..shapes import CompressedKV, NSAShape, StepBatch
 from .paged import QueryTile, check_queries, gather_pages, long_rows, short_tokens
-from .select_blocks import select_blocks, select_for_one, spread_over_blocks
+from .select_blocks import (
+    every_block,
+    first_blocks,
+    select_blocks,
+    select_for_one,
+    spread_over_blocks,
+)
 
 Tensor = torch.Tensor
 
@@ -40,14 +44,14 @@ def compressed_attention(
         nsa=nsa,
     )
     if batch.max_context_len <= nsa.dense_len and not with_output:
-        return None, _step_blocks(batch, compressed.k.shape[1], nsa)
+        return None, every_block(batch, compressed.k.shape[1], nsa)
     if q.shape[0] == 1 and (position := int(batch.positions[0])) >= 0:
         return _lone_token(q, compressed, batch, position, nsa, with_output)
     tokens, step = short_tokens(batch), _tokens_per_pass(q, batch.max_context_len, nsa)
     if tokens is None and q.shape[0] <= step:
         return _by_token(q, compressed, batch, batch.positions, batch.token_rows, nsa, with_output)
     out = q.new_zeros(q.shape[0], q.shape[1], compressed.v.shape[3]) if with_output else None
-    selection = _every_block(batch.positions, compressed.k.shape[1], nsa)
+    selection = first_blocks(batch.positions, compressed.k.shape[1], nsa)
     if tokens is None:
         tokens = torch.arange(q.shape[0], device=q.device)
     for start in range(0, tokens.shape[0], step):
@@ -66,19 +70,6 @@ def compressed_attention(
 def _tokens_per_pass(q: Tensor, context_len: int, nsa: NSAShape) -> int:
     entries = max(1, nsa.num_visible(context_len - 1))
     return max(1, _SCORE_BUDGET // (q.shape[1] * entries))
-
-
-@lru_cache(maxsize=1)
-def _step_blocks(batch: StepBatch, num_kv_heads: int, nsa: NSAShape) -> Tensor:
-    """``_every_block`` of a step: one tensor for all layers, its reading planned once."""
-    return _every_block(batch.positions, num_kv_heads, nsa)
-
-
-def _every_block(positions: Tensor, num_kv_heads: int, nsa: NSAShape) -> Tensor:
-    """Blocks 0 … t//P of each token, cut at n: [T, Hkv, n]."""
-    blocks = torch.arange(nsa.num_selected, device=positions.device, dtype=torch.int32)
-    beyond = blocks > (positions // nsa.page)[:, None]
-    return blocks.where(~beyond, -1)[:, None].repeat(1, num_kv_heads, 1)
 
 
 def _num_visible(positions: Tensor, nsa: NSAShape) -> Tensor:
@@ -107,7 +98,7 @@ def _lone_token(
         v = gather_pages(compressed.v, blocks)[:, entries].float()
         out = torch.bmm(p, v).view(1, q.shape[1], -1).to(q.dtype)
     if position < nsa.dense_len:
-        return out, _every_block(batch.positions, k.shape[0], nsa)
+        return out, first_blocks(batch.positions, k.shape[0], nsa)
     scores = spread_over_blocks(p.sum(1), nsa)
     return out, select_for_one(scores, position, nsa)[None]
 
@@ -138,7 +129,7 @@ def _by_token(
         v = v.masked_fill_(hidden[:, None, :, None], 0).flatten(0, 1)
         out = torch.bmm(p.flatten(0, 1), v).view(*q.shape[:2], -1).to(q.dtype)
     if batch.max_context_len <= nsa.dense_len:
-        return out, _every_block(positions, k.shape[1], nsa)
+        return out, first_blocks(positions, k.shape[1], nsa)
     return out, select_blocks(spread_over_blocks(p.sum(2), nsa), positions, nsa=nsa)
 
 

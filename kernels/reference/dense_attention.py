@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from ..shapes import PagedKV, StepBatch
-from .paged import QueryTile, check_queries, gather_both, long_rows, short_tokens
-from .softmax_attention import PageRead, attend_pages, attend_tile, causal_bias, page_reads
+from .paged import QueryTile, check_queries, gather_both, long_rows
+from .softmax_attention import attend_tile, causal_bias
+from .token_groups import attend_runs, token_groups
 
 Tensor = torch.Tensor
 
@@ -21,32 +20,17 @@ def dense_attention(q: Tensor, kv: PagedKV, batch: StepBatch) -> Tensor:
     Scores are scaled by 1/√Dk. Padding tokens get 0.
     """
     check_queries(q, kv, batch)
-    tokens, page = short_tokens(batch), kv.k.shape[2]
-    if tokens is None:
-        return attend_pages(q, kv, _reads(batch, batch.positions, batch.token_rows, page))
-    out = q.new_zeros(q.shape[0], q.shape[1], kv.v.shape[3])
-    if tokens.numel():
-        positions, rows = batch.positions[tokens], batch.token_rows[tokens]
-        out[tokens] = attend_pages(q[tokens], kv, _reads(batch, positions, rows, page))
+    out = attend_runs(q, kv, batch, token_groups(batch, kv.k.shape[2], kv.k.dtype))
     for row in long_rows(batch):
         attend_prefix(q, kv, batch, row, out)
     return out
-
-
-@lru_cache(maxsize=1)
-def _reads(batch: StepBatch, positions: Tensor, rows: Tensor, page: int) -> tuple[PageRead, ...]:
-    """What the tokens read is the same in every layer of a step."""
-    num_pages = -(-batch.max_context_len // page)
-    slots = batch.slot_table[rows.long(), None, :num_pages]  # [t, 1, m]
-    pages = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
-    return page_reads(pages, slots, positions, None, page)
 
 
 def attend_prefix(q: Tensor, kv: PagedKV, batch: StepBatch, part: QueryTile, out: Tensor) -> None:
     """Causal attention of the tokens of ``part`` over their row's cache, written into ``out``."""
     slots = batch.slot_table[part.row, None, : -(-(part.last + 1) // kv.k.shape[2])]
     k, v = gather_both(kv, slots)
-    if part.first == 0:
+    if part.first == 0 and q.device.type == "cpu":
         keys = slice(0, part.last + 1)
         out[part.tokens] = attend_tile(q[part.tokens], k[:, keys], v[:, keys], None)
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -34,16 +33,19 @@ def kv_write(
     check(k.shape[:2] == v.shape[:2], "k and v differ in tokens or heads", k=k, v=v)
     check(k.shape[0] == batch.num_tokens, "k has another number of tokens than the batch", k=k)
     check(kv.k.shape[2] == nsa.page, "the cache has another page size", k=kv.k, P=nsa.page)
-    where = _token_places(batch, nsa.page)
+    where = batch.once(("token places", nsa.page), lambda: _token_places(batch, nsa.page))
     if where.real is not None:
         k, v = k[where.real], v[where.real]
-    kv.k[where.slots, :, where.offsets] = k.to(kv.k.dtype)
-    kv.v[where.slots, :, where.offsets] = v.to(kv.v.dtype)
-    if compressed is not None and (entries := _entry_places(batch, nsa)) is not None:
+    _write_tokens(kv.k, k, where, batch)
+    _write_tokens(kv.v, v, where, batch)
+    if compressed is None:
+        return
+    entries = batch.once(("entry places", nsa), lambda: _entry_places(batch, nsa))
+    if entries is not None:
         _write_entries(kv, compressed, entries, compressor)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _TokenPlaces:
     """Where a step's tokens go: [t] slots and offsets in them."""
 
@@ -63,8 +65,6 @@ class _EntryPlaces:
     within: Tensor  # [E], the entry's place in its block
 
 
-# Places depend on the step alone: they are found once for all of its layers.
-@lru_cache(maxsize=1)
 def _token_places(batch: StepBatch, page: int) -> _TokenPlaces:
     positions, rows, real = batch.positions, batch.token_rows.long(), batch.positions >= 0
     whole = bool(real.all())
@@ -74,7 +74,6 @@ def _token_places(batch: StepBatch, page: int) -> _TokenPlaces:
     return _TokenPlaces(slots, positions % page, None if whole else real)
 
 
-@lru_cache(maxsize=1)
 def _entry_places(batch: StepBatch, nsa: NSAShape) -> _EntryPlaces | None:
     first = batch.positions + 1 - nsa.compress_len
     completes = (first >= 0) & (first % nsa.compress_stride == 0)
@@ -92,6 +91,31 @@ def _entry_places(batch: StepBatch, nsa: NSAShape) -> _EntryPlaces | None:
         blocks=batch.block_table[rows, page].long(),
         within=first // nsa.compress_stride + nsa.overlap - 1 - page * nsa.entries_per_page,
     )
+
+
+def _write_tokens(pool: Tensor, x: Tensor, where: _TokenPlaces, batch: StepBatch) -> None:
+    """``x`` [t, Hkv, D] into its places in a pool [S, Hkv, P, D]."""
+    key = ("token rows", where, pool.shape, pool.stride())
+    rows = batch.once(key, lambda: _rows(pool, where))
+    x = x.to(pool.dtype)
+    if rows is None:
+        pool[where.slots, :, where.offsets] = x
+        return
+    dim = pool.shape[3]
+    span = sum((n - 1) * step for n, step in zip(pool.shape, pool.stride(), strict=True)) + 1
+    table = pool.as_strided((span // dim, dim), (dim, 1), pool.storage_offset())
+    table.index_copy_(0, rows, x.reshape(-1, dim))
+
+
+def _rows(pool: Tensor, where: _TokenPlaces) -> Tensor | None:
+    """Rows of tokens and heads [t·Hkv] in the pool as a table of rows; None if it is no table."""
+    _, heads, _, dim = pool.shape
+    by_slot, by_head, by_row, by_element = pool.stride()
+    if by_element != 1 or by_slot % dim or by_head % dim or by_row % dim:
+        return None
+    first = where.slots * (by_slot // dim) + where.offsets * (by_row // dim)
+    of_head = torch.arange(heads, device=pool.device) * (by_head // dim)
+    return (first[:, None] + of_head).flatten()
 
 
 def _write_entries(

@@ -17,9 +17,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     multiplied on, the order of Llama checkpoints' own code.
     """
     check(x.shape[-1] == weight.shape[0], "weight and rows differ in length", x=x, weight=weight)
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight.float(), eps)
-    return F.rms_norm(x, weight.shape, None, eps) * weight.to(x.dtype)
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    mean_square.square_().div_(x.shape[-1])
+    normed = x * mean_square.add_(eps).rsqrt_()
+    return normed.to(x.dtype).mul_(weight.to(x.dtype))
 
 
 def add_rms_norm(
@@ -37,14 +38,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ``cos`` and ``sin`` [..., Dr/2] broadcast against ``x``; the other D − Dr dimensions pass.
     The result has ``x``'s type. Rotating by −sin undoes the rotation.
     """
-    half = cos.shape[-1]
-    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    out[..., :half] = first * cos - second * sin
-    out[..., half : 2 * half] = second * cos + first * sin
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = x[..., 2 * half :]
-    return out
+    width = 2 * cos.shape[-1]
+    turned = x[..., :width].float()
+    swapped = turned.roll(width // 2, -1)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    out = torch.addcmul(turned * cos, swapped, sin).to(x.dtype)
+    return out if width == x.shape[-1] else torch.cat([out, x[..., width:]], -1)
 
 
 def qkv_norm_rope(

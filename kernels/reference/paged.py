@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -62,64 +61,89 @@ def short_tokens(batch: StepBatch) -> Tensor | None:
     """Indices [t] of the tokens to attend one by one; None stands for all of them."""
     if batch.max_query_len <= _SHORT_ROW:
         return None
+    return batch.once("short tokens", lambda: _find_short_tokens(batch))
+
+
+def _find_short_tokens(batch: StepBatch) -> Tensor:
     short = batch.cu_seqlens_q.diff() <= _SHORT_ROW
     return (short[batch.token_rows.long()] & (batch.positions >= 0)).nonzero()[:, 0]
 
 
-def long_rows(batch: StepBatch) -> Iterator[QueryTile]:
+def long_rows(batch: StepBatch) -> Sequence[QueryTile]:
     """The rows that are too long for attention token by token, each as one tile."""
     if batch.max_query_len <= _SHORT_ROW:
-        return
+        return ()
+    return batch.once("long rows", lambda: tuple(_find_long_rows(batch)))
+
+
+def _find_long_rows(batch: StepBatch) -> Iterator[QueryTile]:
     for row, (start, stop) in enumerate(pairwise(batch.cu_seqlens_q.tolist())):
         tokens = int((batch.positions[start:stop] >= 0).sum())
         if stop - start > _SHORT_ROW and tokens > 0:
             yield QueryTile(row, start, start + tokens, int(batch.positions[start]))
 
 
-def gather_pages(cache: Tensor, slots: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class PagePlaces:
+    """Where pages lie in a pool and in every other of its shape and strides.
+
+    ``pieces`` counts in pieces of one head and page; None where the pool is no table of them.
+    """
+
+    slots: Tensor  # [..., Hkv or 1, m] int64
+    pieces: Tensor | None  # [..., Hkv, m] int64
+
+
+def find_places(slots: Tensor, pool: Tensor) -> PagePlaces:
+    """Places of ``slots`` [..., Hkv or 1, m] in a pool [S, Hkv, E, D]; −1 stands for some page."""
+    slots = slots.clamp(min=0).long()
+    _, heads, rows, dim = pool.shape
+    by_slot, by_head, by_row, by_element = pool.stride()
+    piece = rows * dim
+    if by_element != 1 or by_row != dim or by_slot % piece or by_head % piece:
+        return PagePlaces(slots, None)
+    step = max(1, by_head // piece)
+    of_head = torch.arange(0, heads * step, step, device=slots.device)[:, None]
+    return PagePlaces(slots, slots * (by_slot // piece) + of_head)
+
+
+def geometry(cache: PagedKV | CompressedKV) -> tuple[tuple[int, ...], ...]:
+    """What places in a cache depend on; the layers of a model have the same."""
+    return (cache.k.shape, cache.k.stride(), cache.v.shape, cache.v.stride())
+
+
+def places_of_both(slots: Tensor, cache: PagedKV | CompressedKV) -> tuple[PagePlaces, PagePlaces]:
+    """Places of ``slots`` among keys and among values."""
+    keys = find_places(slots, cache.k)
+    alike = cache.k.shape == cache.v.shape and cache.k.stride() == cache.v.stride()
+    return keys, keys if alike else find_places(slots, cache.v)
+
+
+def gather_pages(pool: Tensor, slots: Tensor) -> Tensor:
     """Pages ``slots`` [..., Hkv or 1, m] of a pool [S, Hkv, E, D]: [..., Hkv, m·E, D].
 
     Each KV head may have its own pages. What stands for a slot of −1 is some other page's bytes:
     the caller masks them.
     """
-    slots, rows = _places(slots, cache.shape, cache.stride())
-    return _gather(cache, slots, rows)
+    return gather_places(pool, find_places(slots, pool))
 
 
 def gather_both(cache: PagedKV | CompressedKV, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of the same pages, as of ``gather_pages``."""
-    return gather_pages(cache.k, slots), gather_pages(cache.v, slots)
+    keys, values = places_of_both(slots, cache)
+    return gather_places(cache.k, keys), gather_places(cache.v, values)
 
 
-# The layers' pools are laid out alike, and much of what they read is found once for all of them.
-@lru_cache(maxsize=64)
-def _places(
-    slots: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]
-) -> tuple[Tensor, Tensor | None]:
-    """``slots`` as indices, and where their pieces [..., Hkv, m] lie.
-
-    That is None unless the pool is a table of pieces of one head and page.
-    """
-    slots = slots.clamp(min=0).long()
-    _, heads, rows, dim = shape
-    by_slot, by_head, by_row, by_element = stride
-    piece = rows * dim
-    if by_element != 1 or by_row != dim or by_slot % piece or by_head % piece:
-        return slots, None
-    step = max(1, by_head // piece)
-    of_head = torch.arange(0, heads * step, step, device=slots.device)[:, None]
-    return slots, slots * (by_slot // piece) + of_head
-
-
-def _gather(cache: Tensor, slots: Tensor, piece_rows: Tensor | None) -> Tensor:
+def gather_places(pool: Tensor, places: PagePlaces) -> Tensor:
     """Pages [..., Hkv, m·E, D] of a pool [S, Hkv, E, D]."""
-    count, heads, rows, dim = cache.shape
-    if piece_rows is None:
-        head = torch.arange(heads, device=cache.device)[:, None]
-        return cache[slots, head].flatten(-3, -2)
+    count, heads, rows, dim = pool.shape
+    pieces = places.pieces
+    if pieces is None:
+        head = torch.arange(heads, device=pool.device)[:, None]
+        return pool[places.slots, head].flatten(-3, -2)
     # Copied in runs, several times as fast as element by element.
     piece = rows * dim
-    last = ((count - 1) * cache.stride(0) + (heads - 1) * cache.stride(1)) // piece
-    table = cache.as_strided((last + 1, piece), (piece, 1), cache.storage_offset())
-    pages = table.index_select(0, piece_rows.flatten())
-    return pages.view(*piece_rows.shape[:-1], piece_rows.shape[-1] * rows, dim)
+    last = ((count - 1) * pool.stride(0) + (heads - 1) * pool.stride(1)) // piece
+    table = pool.as_strided((last + 1, piece), (piece, 1), pool.storage_offset())
+    pages = table.index_select(0, pieces.flatten())
+    return pages.view(*pieces.shape[:-1], pieces.shape[-1] * rows, dim)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..contracts import check
-from ..shapes import NSAShape
+from ..shapes import NSAShape, StepBatch
 
 Tensor = torch.Tensor
 
@@ -68,6 +68,19 @@ def select_for_one(scores: Tensor, position: int, nsa: NSAShape) -> Tensor:
     scores[:, candidates - nsa.num_local :] = torch.inf
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order[:, : nsa.num_selected].sort(dim=-1).values.int()
+
+
+def every_block(batch: StepBatch, num_kv_heads: int, nsa: NSAShape) -> Tensor:
+    """Blocks 0 … t//P of each token, cut at n: [T, Hkv, n] int32, one tensor for all layers."""
+    key = ("every block", num_kv_heads, nsa)
+    return batch.once(key, lambda: first_blocks(batch.positions, num_kv_heads, nsa))
+
+
+def first_blocks(positions: Tensor, num_kv_heads: int, nsa: NSAShape) -> Tensor:
+    """Blocks 0 … t//P of each token at ``positions`` [T], cut at n: [T, Hkv, n] int32."""
+    blocks = torch.arange(nsa.num_selected, device=positions.device, dtype=torch.int32)
+    beyond = blocks > (positions // nsa.page)[:, None]
+    return blocks.where(~beyond, -1)[:, None].repeat(1, num_kv_heads, 1)
 
 
 def _ranking(scores: Tensor, current: Tensor, nsa: NSAShape) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
-from .dense_attention import attend_prefix
-from .paged import QueryTile, check_queries, gather_both, long_rows, short_tokens
-from .softmax_attention import PageRead, attend_pages, attend_tile, page_reads
+from .dense_attention import attend_prefix, dense_attention
+from .paged import QueryTile, check_queries, gather_both, long_rows, places_of_both
+from .select_blocks import every_block
+from .softmax_attention import attend_tile, weighted_values
+from .tiers import joined
+from .token_groups import TokenGroup, attend_group, token_groups, zeros
 from .tiers import joined
 
 Tensor = torch.Tensor
@@ -41,43 +42,61 @@ def selected_attention(
     check(slots is None or slots.shape == expected, "slots are not [T, Hkv, n]", slots=slots)
     check(kv.k.shape[2] == nsa.page, "the cache has another page size", k=kv.k, P=nsa.page)
     kv = joined(kv)
-    tokens = short_tokens(batch)
-    if tokens is None:
-        return _by_token(q, kv, batch, selection, slots, batch.positions, batch.token_rows)
-    out = q.new_zeros(q.shape[0], q.shape[1], kv.v.shape[3])
-    if tokens.numel():
-        positions, rows = batch.positions[tokens], batch.token_rows[tokens]
-        given = None if slots is None else slots[tokens]
-        out[tokens] = _by_token(q[tokens], kv, batch, selection[tokens], given, positions, rows)
+    if slots is None and selection is every_block(batch, kv.k.shape[1], nsa):
+        return dense_attention(q, kv, batch)
+    out = None
+    for group in token_groups(batch, nsa.page, kv.k.dtype, most=nsa.num_selected):
+        attended = _attend_group(q, kv, selection, slots, batch, group)
+        if group.tokens is None:
+            return attended
+        out = zeros(q, kv) if out is None else out
+        out[group.tokens] = attended
+    out = zeros(q, kv) if out is None else out
     for row in long_rows(batch):
         _attend_row(q, kv, selection, slots, batch, row, out)
     return out
 
 
-def _by_token(
+def _attend_group(
     q: Tensor,
     kv: PagedKV,
-    batch: StepBatch,
     selection: Tensor,
     slots: Tensor | None,
-    positions: Tensor,
-    rows: Tensor,
+    batch: StepBatch,
+    group: TokenGroup,
 ) -> Tensor:
-    page = kv.k.shape[2]
+    """Attention of a group's tokens over the blocks that each KV head chose: [g, Hq, Dv]."""
+    chosen = group.own(selection)  # [g, Hkv, n]
     if slots is None:
-        reads = _table_reads(batch, selection, positions, rows, page)
+        where = batch.slot_table[group.rows, chosen.clamp(min=0).long()]
     else:
-        reads = page_reads(selection, slots, positions, None, page)
-    return attend_pages(q, kv, reads)
+        where = group.own(slots)
+    last = chosen[:, :, group.num_pages - 1]
+    if bool((last == group.current).all()):
+        where = where[:, :, : group.num_pages]
+        return attend_group(q, kv, group, places_of_both(where, kv))
+    return _attend_any(group.own(q), kv, chosen, where, group.own(batch.positions))
 
 
-@lru_cache(maxsize=1)
-def _table_reads(
-    batch: StepBatch, selection: Tensor, positions: Tensor, rows: Tensor, page: int
-) -> tuple[PageRead, ...]:
-    """Found once for all layers where they share a selection: one of every block."""
-    slots = batch.slot_table[rows.long()[:, None, None], selection.clamp(min=0).long()]
-    return page_reads(selection, slots, positions, None, page)
+def _attend_any(q: Tensor, kv: PagedKV, chosen: Tensor, where: Tensor, positions: Tensor) -> Tensor:
+    """Attention of ``q`` [g, Hq, Dk] over any blocks ``chosen`` [g, Hkv, n], in fp32.
+
+    Not even the current page need be among them, nor as many for one head as for another.
+    """
+    tokens, heads, dim = q.shape
+    num_kv_heads, page = kv.k.shape[1:3]
+    keys = chosen[..., None] * page + torch.arange(page, device=q.device)
+    hidden = (keys > positions[:, None, None, None]) | (chosen < 0)[..., None]
+    hidden = hidden.flatten(2)  # [g, Hkv, n·P]
+    k, v = gather_both(kv, where)
+    # Masked keys too: a bias of −inf does not hide the NaN of unwritten memory.
+    k = k.float().masked_fill_(hidden[..., None], 0)
+    v = v.float().masked_fill_(hidden[..., None], 0)
+    bias = torch.zeros(hidden.shape, device=q.device).masked_fill_(hidden, -torch.inf)
+    queries = q.float().reshape(tokens, num_kv_heads, -1, dim)
+    out = weighted_values(queries, k, v, bias[:, :, None])
+    out.masked_fill_(hidden.all(-1)[..., None, None], 0)
+    return out.reshape(tokens, heads, -1).to(q.dtype)
 
 
 def _attend_row(
@@ -89,25 +108,27 @@ def _attend_row(
     row: QueryTile,
     out: Tensor,
 ) -> None:
-    dense = _dense_start(selection, slots, batch, row, kv.k.shape[2])
+    dense = _dense_start(selection, batch, row, kv.k.shape[2])
     if dense:
         start = QueryTile(row.row, row.start, row.start + dense, row.first)
         attend_prefix(q, kv, batch, start, out)
     rest = QueryTile(row.row, row.start + dense, row.stop, row.first + dense)
-    if slots is None:
-        masked = _masked_size(selection.shape[-1], batch, rest, kv.k.shape[2])
-        part = QueryTile(rest.row, rest.start, rest.start + masked, rest.first)
-        _attend_masked(q, kv, selection, batch, part, out)
-        rest = QueryTile(rest.row, part.stop, rest.stop, rest.first + masked)
+    masked = _masked_size(selection.shape[-1], batch, rest, kv.k.shape[2])
+    part = QueryTile(rest.row, rest.start, rest.start + masked, rest.first)
+    _attend_masked(q, kv, selection, batch, part, out)
+    rest = QueryTile(rest.row, part.stop, rest.stop, rest.first + masked)
     for tile in rest.split(_TILE):
         out[tile.tokens] = _attend_union(q, kv, selection, slots, batch, tile)
 
 
-def _dense_start(
-    selection: Tensor, slots: Tensor | None, batch: StepBatch, row: QueryTile, page: int
-) -> int:
+def _is_in_table(batch: StepBatch, part: QueryTile, page: int) -> bool:
+    """Whether the slot table knows every page of ``part``, whatever slots are given beside it."""
+    return bool((batch.slot_table[part.row, : part.last // page + 1] >= 0).all())
+
+
+def _dense_start(selection: Tensor, batch: StepBatch, row: QueryTile, page: int) -> int:
     """How many tokens at the row's start chose every block, so that attention is plainly causal."""
-    if slots is not None or row.first >= selection.shape[-1] * page:
+    if row.first >= selection.shape[-1] * page or not _is_in_table(batch, row, page):
         return 0
     chosen = (selection[row.tokens] >= 0).sum(-1)
     candidates = batch.positions[row.tokens] // page + 1
@@ -123,8 +144,8 @@ def _masked_size(num_selected: int, batch: StepBatch, part: QueryTile, page: int
     count = min(part.size, 2 * num_selected * page - part.first)
     if count <= 0:
         return 0
-    slots = batch.slot_table[part.row, : (part.first + count - 1) // page + 1]
-    return count if bool((slots >= 0).all()) else 0
+    whole = QueryTile(part.row, part.start, part.start + count, part.first)
+    return count if _is_in_table(batch, whole, page) else 0
 
 
 def _attend_masked(

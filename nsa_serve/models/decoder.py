@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, ModuleType
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ from .attention_dense import DenseAttention
 from .attention_nsa import NSAAttention
 from .config import ModelConfig, PhiConfig
 from .families.placement import fused_rows
+from .four_bit import FourBitWeight
 from .layers import build_linear
 from .rope import Rotary, build_rotary
 from .step import StepInputs
@@ -31,6 +32,7 @@ class DecoderLayer:
         weights: dict[str, Tensor],
         rotary: Rotary,
         *,
+        four_bit: Mapping[str, FourBitWeight],
         deterministic: bool,
     ) -> None:
         def take(name: str) -> Tensor | None:
@@ -40,16 +42,21 @@ class DecoderLayer:
         def need(name: str) -> Tensor:
             return weights.pop(f"layers.{layer}.{name}")
 
+        def linear(name: str) -> Callable[[Tensor], Tensor]:
+            return build_linear(
+                need(f"{name}.weight"),
+                take(f"{name}.bias"),
+                four_bit=four_bit.get(f"layers.{layer}.{name}.weight"),
+                deterministic=deterministic,
+            )
+
         self.config = config
         self.input_norm, self.post_norm = need("input_norm"), need("post_norm")
         self.q_norm, self.k_norm = take("q_norm"), take("k_norm")
         self.ops = ops_for(self.input_norm.device)
         self.attention = build_attention(config, layer, weights, rotary, self.ops)
-        linear = partial(build_linear, deterministic=deterministic)
-        self.qkv = linear(need("qkv.weight"), take("qkv.bias"))
-        self.o = linear(need("o.weight"), take("o.bias"))
-        self.gate_up = linear(need("gate_up.weight"))
-        self.down = linear(need("down.weight"))
+        self.qkv, self.o = linear("qkv"), linear("o")
+        self.gate_up, self.down = linear("gate_up"), linear("down")
         self.rows = fused_rows(config)
 
     def __call__(
@@ -89,22 +96,34 @@ class Decoder:
     """The model on one device. ``forward`` takes any mix of prefill chunks and decodes.
 
     ``weights`` are by the names of ``families.placement`` and are used up: the caller keeps none.
+    ``four_bit``, by the same names, are those that are multiplied as the file stores them.
     ``deterministic``: products in an order of sums that the other tokens of a step do not change.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], *, deterministic: bool = False
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        *,
+        four_bit: Mapping[str, FourBitWeight] = MappingProxyType({}),
+        deterministic: bool = False,
     ) -> None:
         self.config = config
         self.embed = weights.pop("embed")
         self.device, self.dtype = self.embed.device, self.embed.dtype
         self.norm = weights.pop("norm")
-        lm_head = weights.pop("lm_head", self.embed)
-        self.lm_head = build_linear(lm_head, deterministic=deterministic)
+        head_name = "lm_head" if "lm_head" in weights else "embed"
+        self.lm_head = build_linear(
+            weights.pop("lm_head", self.embed),
+            four_bit=four_bit.get(head_name),
+            deterministic=deterministic,
+        )
         self.rotary = build_rotary(config.rope, config.head_dim_k, config.max_position, self.device)
         self.ops = ops_for(self.device)
         self.layers = [
-            DecoderLayer(config, layer, weights, self.rotary, deterministic=deterministic)
+            DecoderLayer(
+                config, layer, weights, self.rotary, four_bit=four_bit, deterministic=deterministic
+            )
             for layer in range(config.num_layers)
         ]
         assert not weights, f"weights without a place: {sorted(weights)}"

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ..config import DType
 from ..kernels.dispatch import ops_for
+from .four_bit import FourBitWeight, has_four_bit_product
 
 Tensor = torch.Tensor
 
@@ -15,6 +16,8 @@ Tensor = torch.Tensor
 _WIDEN_ROWS = 256
 # Widened copies are temporary, but a large vocabulary's would be gigabytes.
 _WIDEN_LIMIT = 1 << 26
+# Up to this many rows, products of 4-bit weights are faster than of bf16 ones.
+_FOUR_BIT_ROWS = 16
 
 
 class Linear:
@@ -55,6 +58,26 @@ class PackedLinear:
         return F.linear(x.float(), self.packed.to_dense().float(), bias).to(x.dtype)
 
 
+class FourBitLinear:
+    """The same product from weights in 4-bit groups for few rows, from bf16 ones for many.
+
+    Both are roundings of what the file stores: the one of its scales, the other of its weights.
+    """
+
+    def __init__(
+        self, few: FourBitWeight, many: Linear | PackedLinear, bias: Tensor | None
+    ) -> None:
+        self.few = few
+        self.many = many
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not 0 < x.shape[0] <= _FOUR_BIT_ROWS:
+            return self.many(x)
+        product = self.few.product(x)
+        return product if self.bias is None else product.add_(self.bias)
+
+
 class FixedLinear(Linear):
     """The same product, in an order of sums that does not depend on the number of rows."""
 
@@ -68,16 +91,28 @@ class FixedLinear(Linear):
 
 
 def build_linear(
-    weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
-) -> Linear | PackedLinear:
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    four_bit: FourBitWeight | None = None,
+    deterministic: bool = False,
+) -> Linear | PackedLinear | FourBitLinear:
     """The product for ``weight`` [out, in] on the device and in the type it is in.
 
+    ``four_bit``: the same weight as the file stores it, where ``uses_four_bit``.
     ``deterministic``: a row's bytes are the same whatever other rows there are.
     """
     if deterministic:
         return FixedLinear(weight, bias)
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return PackedLinear(weight, bias) if on_cpu and has_fast_bf16() else Linear(weight, bias)
+    linear = PackedLinear(weight, bias) if on_cpu and has_fast_bf16() else Linear(weight, bias)
+    return linear if four_bit is None else FourBitLinear(four_bit, linear, bias)
+
+
+def uses_four_bit(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights that a file stores in 4 bits are multiplied as such, beside bf16 ones."""
+    on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+    return on_cpu and has_fast_bf16() and has_four_bit_product()
 
 
 def has_fast_bf16() -> bool:

@@ -9,6 +9,7 @@ from itertools import groupby
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
@@ -17,8 +18,10 @@ from .config import ModelConfig
 from .decoder import Decoder
 from .families import Placement, placements
 from .families.placement import fused_rows
+from .four_bit import FourBitRows, FourBitWeight, fits_product, four_bit_rows, is_four_bit
 from .gguf_config import PERMUTED, ROPE_FACTORS, hf_tensor_name
 from .gguf_file import TensorEntry
+from .layers import uses_four_bit
 
 Tensor = torch.Tensor
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), as stored
@@ -48,9 +51,11 @@ def load_decoder(
     """
     if seed is not None:
         weights = random_weights(config, device=device, dtype=dtype, seed=seed)
-    else:
-        weights = load_weights(checkpoint, config, device=device, dtype=dtype, progress=progress)
-    return Decoder(config, weights, deterministic=deterministic)
+        return Decoder(config, weights, deterministic=deterministic)
+    weights = load_weights(checkpoint, config, device=device, dtype=dtype, progress=progress)
+    packs = uses_four_bit(device, dtype) and not deterministic
+    four_bit = load_four_bit(checkpoint, config) if packs else {}
+    return Decoder(config, weights, four_bit=four_bit, deterministic=deterministic)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -93,6 +98,41 @@ def load_weights(
         if progress is not None:
             progress(done, total)
     return weights
+
+
+def load_four_bit(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, FourBitWeight]:
+    """The parameters all of whose rows a GGUF file stores in 4-bit groups, by name."""
+    if checkpoint.format is not CheckpointFormat.GGUF:
+        return {}
+    named = {hf_tensor_name(name): name for name in checkpoint.tensors}
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for place in placements(config):
+        parts.setdefault(place.parameter, []).append((place.row, named[place.source]))
+    shapes = parameter_shapes(config)
+    found = {}
+    for parameter, rows_and_names in parts.items():
+        names = [name for _, name in sorted(rows_and_names)]
+        if _is_four_bit(checkpoint, names, num_rows=shapes[parameter][0]):
+            rows = [_read_four_bit(checkpoint, config, name) for name in names]
+            found[parameter] = FourBitWeight.of(rows)
+    return found
+
+
+def _is_four_bit(checkpoint: Checkpoint, names: list[str], *, num_rows: int) -> bool:
+    entries = [checkpoint.tensors[name] for name in names]
+    whole = sum(entry.shape[0] for entry in entries) == num_rows
+    return whole and fits_product(num_rows) and all(is_four_bit(e.dtype) for e in entries)
+
+
+def _read_four_bit(checkpoint: Checkpoint, config: ModelConfig, name: str) -> FourBitRows:
+    entry = checkpoint.tensors[name]
+    rows = four_bit_rows(_raw_bytes(entry), entry.dtype, entry.shape)
+    heads = _permuted_heads(checkpoint, config, name)
+    if heads is None:
+        return rows
+    return FourBitRows(
+        undo_rope_permutation(rows.q, heads), undo_rope_permutation(rows.scales, heads)
+    )
 
 
 def random_weights(
@@ -184,17 +224,26 @@ def _position(entry: TensorEntry) -> tuple[str, int]:
 
 def _read_gguf(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Tensor:
     entry = checkpoint.tensors[name]
-    raw = np.fromfile(entry.file, np.uint8, entry.num_bytes, offset=entry.offset)
     type_ = gguf.GGMLQuantizationType[entry.dtype]
     try:
-        rows = gguf.quants.dequantize(raw.reshape(*_byte_shape(entry)), type_)
+        rows = gguf.quants.dequantize(_raw_bytes(entry).reshape(*_byte_shape(entry)), type_)
     except NotImplementedError as error:
         raise CheckpointError(f"{entry.file}: {name} is {entry.dtype}: {error}") from error
     tensor = torch.from_numpy(np.asarray(rows, np.float32)).reshape(entry.shape)
-    heads = {"attn_q": config.num_q_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
-    if heads and checkpoint.config["model_type"] in PERMUTED:
-        return undo_rope_permutation(tensor, heads)
-    return tensor
+    heads = _permuted_heads(checkpoint, config, name)
+    return tensor if heads is None else undo_rope_permutation(tensor, heads)
+
+
+def _raw_bytes(entry: TensorEntry) -> NDArray[np.uint8]:
+    return np.fromfile(entry.file, np.uint8, entry.num_bytes, offset=entry.offset)
+
+
+def _permuted_heads(checkpoint: Checkpoint, config: ModelConfig, name: str) -> int | None:
+    """Heads of a tensor whose rows llama.cpp has in its own order; None for every other."""
+    if checkpoint.config["model_type"] not in PERMUTED:
+        return None
+    heads = {"attn_q": config.num_q_heads, "attn_k": config.num_kv_heads}
+    return heads.get(name.split(".")[-2])
 
 
 def _byte_shape(entry: TensorEntry) -> tuple[int, int]:
@@ -211,7 +260,7 @@ def _byte_shape(entry: TensorEntry) -> tuple[int, int]:
 def undo_rope_permutation(tensor: Tensor, heads: int) -> Tensor:
     """Rows of a q or k projection of llama.cpp's order (rotated pairs adjacent), halves paired.
 
-    ``tensor`` is a weight [heads·D, in] or a bias [heads·D].
+    ``tensor`` is a weight [heads·D, in], a bias [heads·D] or what else has a row for each output.
     """
     pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])  # [heads, D/2, 2, ...]
     return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -1,0 +1,24 @@
+"""Host memory in large pages, for pools that are read and written a few lines at a time."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+
+def allocate_large(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor on the CPU, in pages of 2 MiB where the system has them.
+
+    A decode step touches some lines in every layer of many pages. In pages of 4 KiB each of them
+    is a walk through the page tables first, which under a hypervisor takes longer than the access.
+    """
+    if num_elements == 0:
+        return torch.empty(0, dtype=dtype)
+    memory = mmap.mmap(-1, num_elements * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel built without them
+            return torch.empty(num_elements, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=num_elements)
