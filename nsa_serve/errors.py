@@ -37,6 +37,12 @@ class ModelNotFound(RequestError):
     code = "model_not_found"
 
 
+class TraceNotFound(RequestError):
+    """No record is kept of what NSA looked at for that request."""
+
+    code = "trace_not_found"
+
+
 class InvalidAPIKey(RequestError):
     """No key, or a wrong one."""
 

@@ -40,6 +40,13 @@ class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_blocks_in_use / self.num_blocks
 
 
+class CacheMap(msgspec.Struct, frozen=True):
+    """Every block's state at one moment, for a person to look at."""
+
+    holders: bytes  # of each block: requests that hold it, at most 254; 255: kept for its content
+    spilled: list[int]  # blocks whose raw pages are in host memory alone
+
+
 @dataclass(slots=True)
 class EngineStats:
     """The running counters; fields as in ``StatsSnapshot``."""

@@ -17,11 +17,13 @@ from .completions import completions_router
 from .errors import answer_error, answer_http_error
 from .middleware import APIKeyGuard, BodyLimit, LastResort
 from .openapi import describe
+from .page import page_routes
 from .ports import Engine, Tokenizer
 from .request_log import RequestLog, Tracing
 from .responses.route import responses_router
 from .services import Services
 from .settings import ServerSettings
+from .status import status_router
 
 
 def create_app(
@@ -38,8 +40,15 @@ def create_app(
     )  # fmt: skip
     app.state.services = services
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
-    for router in (chat_router, completions_router, responses_router, admin_router):
+    for router in (
+        chat_router,
+        completions_router,
+        responses_router,
+        admin_router,
+        status_router,
+    ):
         app.include_router(router(services))
+    app.router.routes.extend(page_routes())
     app.add_exception_handler(NSAServeError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     _add_guards(app, settings)

@@ -32,6 +32,7 @@ from ..engine.messages import (
     Report,
     Shutdown,
     Submit,
+    Survey,
     encoder,
     endpoint,
     event_decoder,
@@ -39,7 +40,7 @@ from ..engine.messages import (
 )
 from ..errors import ConfigError, EngineDead, InvalidParameter, NSAServeError, Overloaded
 from ..request import EngineRequest, RequestOutput
-from ..stats import StatsSnapshot
+from ..stats import CacheMap, StatsSnapshot
 from .output_stream import OutputStream, named_error, rebuild
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class EngineClient:
         self._max_open = max_open
         self._streams: dict[str, OutputStream] = {}
         self._stats: StatsSnapshot | None = None
+        self._cache_map: CacheMap | None = None
+        self._surveyed = asyncio.Event()  # set and replaced at each map
         self._dead: NSAServeError | None = None
         self._closing = False
         self._failure: NSAServeError | None = None  # what ended the start
@@ -146,6 +149,14 @@ class EngineClient:
             raise self._dead
         assert self._stats is not None, "the engine has not reported yet"
         return self._stats
+
+    async def cache_map(self, patience: float) -> CacheMap | None:
+        """A map of the cache: a new one, or after ``patience`` seconds the last that came."""
+        self._send(Survey())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._surveyed.wait()
+        return self._cache_map
 
     @property
     def is_dead(self) -> bool:
@@ -294,6 +305,10 @@ class EngineClient:
         self._stats = report.stats
         heard, self._heard = self._heard, asyncio.Event()
         heard.set()
+        if report.cache is not None:
+            self._cache_map = report.cache
+            surveyed, self._surveyed = self._surveyed, asyncio.Event()
+            surveyed.set()
         for rejection in report.rejections:
             stream = self._end_stream(rejection.request_id)
             if stream is not None:

@@ -23,6 +23,7 @@ from ..errors import (
     RequestError,
     ServerError,
     StepFailed,
+    TraceNotFound,
 )
 
 MAX_ERRORS = 10
@@ -48,6 +49,7 @@ _INTERNAL = ErrorRow(500, "server_error", "internal_error", "internal server err
 # The first row whose class fits wins, so subclasses stand before their bases.
 TABLE: tuple[tuple[type[BaseException], ErrorRow], ...] = (
     (ModelNotFound, ErrorRow(404, "invalid_request_error")),
+    (TraceNotFound, ErrorRow(404, "invalid_request_error")),
     (InvalidAPIKey, ErrorRow(401, "authentication_error")),
     (BodyTooLarge, ErrorRow(413, "invalid_request_error")),
     (RequestError, ErrorRow(400, "invalid_request_error")),

@@ -14,6 +14,7 @@ from ..request import EngineRequest, FinishReason, RequestOutput
 from .admission import Admission
 from .ports import Engine
 from .prometheus import Metrics
+from .recent import Recent
 
 Arrival = tuple[int, RequestOutput]
 # Outputs that wait here for a slow client; more wait merged, in their streams.
@@ -38,12 +39,14 @@ class Generation:
         *,
         admission: Admission,
         metrics: Metrics,
+        recent: Recent,
         receive: Receive,
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._admission = admission
         self._metrics = metrics
+        self._recent = recent
         self._receive = receive
         self._queue: asyncio.Queue[Arrival | Exception] = asyncio.Queue()
         self._taken = asyncio.Event()  # set when the queue has been emptied
@@ -126,6 +129,7 @@ class Generation:
             self.num_unfinished -= 1
             self.finals.append(output)
             self._metrics.observe_final(output)
+            self._recent.observe(self._requests[index], output)
 
     async def _pump(self, index: int, request: EngineRequest) -> None:
         outputs = self._engine.submit(request)

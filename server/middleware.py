@@ -10,11 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import BodyTooLarge, InvalidAPIKey
 from .errors import error_response
+from .page import PAGE_FILES
 
 logger = logging.getLogger("nsa_serve")
 
 LINGER = 32 << 20  # bytes of a refused body that are still read
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", *PAGE_FILES})
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:
@@ -76,7 +77,7 @@ async def _discard(receive: Receive) -> None:
 
 
 class APIKeyGuard:
-    """Let only requests with one of the keys pass, on every path but /health.
+    """Let only requests with one of the keys pass, but for /health and the page: it knows nothing.
 
     Keys are compared as digests in constant time, so neither their length nor their
     beginning can be found out by measuring.

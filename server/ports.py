@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..request import EngineRequest, RequestOutput
-from ..stats import StatsSnapshot
+from ..stats import CacheMap, StatsSnapshot
 
 
 class Engine(Protocol):
@@ -23,6 +23,9 @@ class Engine(Protocol):
 
     async def stats(self) -> StatsSnapshot:
         """A snapshot of the engine's counters."""
+
+    async def cache_map(self, patience: float) -> CacheMap | None:
+        """A map of the cache; after ``patience`` seconds the last one, if there was any."""
 
 
 class Tokenizer(Protocol):

@@ -180,7 +180,18 @@ class PromptEncoder:
             bad_words=self._bad_words(request.bad_words or ()),
             skip_special_tokens=request.skip_special_tokens is not False,
             grammar=request.grammar(),
+            trace=self._wants_trace(request),
         )
+
+    def _wants_trace(self, request: GenerationRequest) -> bool:
+        engine = self._settings.engine
+        if request.nsa_trace and engine is not None and engine.attention != "nsa":
+            raise InvalidParameter(
+                f"nsa_trace needs a model served with NSA, and this one's attention is "
+                f"{engine.attention}: start the server with --attention nsa",
+                param="nsa_trace",
+            )
+        return bool(request.nsa_trace)
 
     def _min_tokens(self, request: GenerationRequest, max_tokens: int) -> int:
         if (request.min_tokens or 0) > max_tokens:

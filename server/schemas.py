@@ -108,6 +108,7 @@ class GenerationRequest(StructuredFields):
     )
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    nsa_trace: bool | None = None  # keep what NSA looked at, for GET /traces/{id}
 
     @property
     def num_choices(self) -> int:

@@ -20,6 +20,7 @@ from .logprobs import TokenTexts
 from .ports import Engine, Tokenizer
 from .prometheus import Metrics
 from .prompts import PromptEncoder, Workers
+from .recent import Recent
 from .schemas import GenerationRequest
 from .settings import ServerSettings
 from .stream import EventStream, Shape, answer_whole
@@ -86,6 +87,7 @@ class Services:
     settings: ServerSettings
     admission: Admission
     metrics: Metrics
+    recent: Recent
     workers: Workers
     prompts: PromptEncoder
     texts: TokenTexts
@@ -101,6 +103,7 @@ class Services:
                 max_requests=settings.max_open_requests, max_tokens=settings.max_open_tokens
             ),
             metrics=Metrics(settings.metrics_prefix, settings.model_name),
+            recent=Recent(),
             workers=Workers(settings.tokenizer_threads, settings.max_open_requests),
             prompts=PromptEncoder(tokenizer, settings),
             texts=TokenTexts(tokenizer),
@@ -122,6 +125,7 @@ class Services:
             prepared.requests,
             admission=self.admission,
             metrics=self.metrics,
+            recent=self.recent,
             receive=request.receive,
         )
         request.state.generation = generation

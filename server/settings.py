@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ..engine.messages import EngineDescription
+
 # A prompt as JSON token ids takes at most about eight bytes a token, as text less than that.
 _BYTES_PER_TOKEN = 16
 _LEAST_BODY = 4 << 20
@@ -55,6 +57,7 @@ class ServerSettings:
     model_names: tuple[str, ...]  # the first one is written into answers
     max_model_len: int  # prompt and completion together, in tokens
     vocab_size: int
+    engine: EngineDescription | None = None  # what runs, for the status page
     defaults: SamplingDefaults = SamplingDefaults()
     tool_call_parser: ToolCallParser = ToolCallParser.AUTO
     reasoning_parser: ReasoningParser | None = None  # None: reasoning stays in the content

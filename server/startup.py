@@ -57,6 +57,7 @@ def server_settings(
         # A request longer than the cache could never run, whatever the context.
         max_model_len=min(description.max_model_len, description.cache_tokens),
         vocab_size=description.vocab_size,
+        engine=description,
         defaults=_sampling_defaults(description.generation_config),
         tool_call_parser=flags.tool_call_parser,
         reasoning_parser=flags.reasoning_parser,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,11 +19,12 @@ from nsa_serve.request import (
     RequestOutput,
     RequestTimes,
     TokenLogprob,
+    TokenTrace,
     Usage,
 )
 from nsa_serve.server.app import create_app
 from nsa_serve.server.settings import ServerSettings
-from nsa_serve.stats import EngineStats, StatsSnapshot
+from nsa_serve.stats import CacheMap, EngineStats, StatsSnapshot
 
 VOCAB = 258
 BOS = 256
@@ -87,6 +89,7 @@ class FakeEngine:
         self.num_dumps = 0
         self.dead = False
         self.num_cached = 3
+        self.gated = True
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
         if self.dead:
@@ -149,10 +152,25 @@ class FakeEngine:
             finish_reason=self.reason if last else None,
             stop_reason=self.stop_reason if last else None,
             usage=self._usage(request) if last else None,
+            trace=self._trace(request) if last and sampling.trace else None,
             times=RequestTimes(arrival=1.0, first_scheduled=1.25, first_token=2.0, last_token=3.5)
             if last
             else None,
         )
+
+    def _trace(self, request: EngineRequest) -> list[TokenTrace]:
+        """Token i, of one layer with one KV head, read blocks 0 and i; its gates are i/10."""
+        start = len(request.prompt_token_ids) - 1
+        return [
+            TokenTrace(
+                start + i,
+                (1, 1, 2),
+                struct.pack("<2i", 0, i),
+                struct.pack("<3f", *[i / 10] * 3) if self.gated else None,
+                token_id,
+            )
+            for i, token_id in enumerate(self.reply.encode()[: request.sampling.max_tokens])
+        ]
 
     def _usage(self, request: EngineRequest) -> Usage:
         generated = len(self.reply.encode()[: request.sampling.max_tokens])
@@ -170,6 +188,9 @@ class FakeEngine:
 
     def dump_stacks(self) -> None:
         self.num_dumps += 1
+
+    async def cache_map(self, patience: float) -> CacheMap | None:
+        return CacheMap(bytes([2, 1, 255, 0, 0, 0, 0, 0]), [1])
 
     async def stats(self) -> StatsSnapshot:
         counters = EngineStats(num_steps=2, prefix_queries=10, prefix_hits=4, generation_tokens=7)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nsa_serve.cache.blocks import BlockPool
+from nsa_serve.cache.blocks import KEPT, BlockPool
 from nsa_serve.cache.prefix import PendingPages, PrefixIndex, page_digest, root_digest
 from nsa_serve.cache.residence import ABSENT, Residence
 from nsa_serve.request import Request, SamplingParams
@@ -26,6 +26,17 @@ def test_a_shared_block_stays_in_use_until_its_last_holder_leaves():
     assert pool.num_in_use == 1
     assert pool.release(block_id, keep=False)
     assert pool.num_in_use == 0
+
+
+def test_a_map_tells_free_kept_held_and_shared_apart():
+    pool = BlockPool(5)
+    first, second, third = pool.take(), pool.take(), pool.take()
+    pool.hold(second)
+    pool.release(third, keep=True)
+    assert list(pool.holders()) == [1, 2, KEPT, 0, 0]
+    for _ in range(400):
+        pool.hold(first)
+    assert pool.holders()[first] == KEPT - 1
 
 
 def test_the_least_recently_used_block_is_evicted_first():

@@ -13,6 +13,7 @@ from nsa_serve.engine.messages import (
     Report,
     Shutdown,
     Submit,
+    Survey,
     Unreadable,
     command_decoder,
     config_decoder,
@@ -60,6 +61,20 @@ def test_a_submitted_request_is_reported_step_by_step_then_the_loop_waits() -> N
     assert outputs[-1].finish_reason is FinishReason.LENGTH
     # No waiting while there is work; then one idle second, the check of the books, then for ever.
     assert port.timeouts == [None, 0.0, 0.0, IDLE_SECONDS, None]
+
+
+def test_a_survey_is_answered_once_with_who_holds_what() -> None:
+    port = run(
+        Bench({"a": [9]}, num_blocks=8),
+        [Submit(make_request("a", range(3, 11), max_tokens=3))],
+        [Survey(), Survey()],
+        [],
+        [Survey()],
+    )
+    running, ended = [report.cache for report in port.reports if report.cache is not None]
+    assert sorted(running.holders) == [0] * 6 + [1] * 2
+    assert sorted(ended.holders) == [0] * 6 + [255] * 2
+    assert running.spilled == ended.spilled == []
 
 
 def test_outputs_of_one_step_travel_in_one_report() -> None:

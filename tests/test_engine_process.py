@@ -117,6 +117,19 @@ def test_the_embedded_model_answers_through_the_process(engine: Engine) -> None:
     assert all(output.finish_reason is None for output in outputs[:-1])
 
 
+def test_a_map_of_the_cache_comes_when_asked_for_and_the_last_one_when_there_is_no_time(
+    engine: Engine,
+) -> None:
+    fresh = engine.run(engine.client.cache_map(30))
+    assert fresh is not None
+    assert len(fresh.holders) == engine.client.engine.num_blocks
+    os.kill(engine.pid, signal.SIGSTOP)
+    try:
+        assert engine.run(engine.client.cache_map(0.01)) == fresh
+    finally:
+        os.kill(engine.pid, signal.SIGCONT)
+
+
 def test_the_start_told_its_progress_and_what_runs(engine: Engine) -> None:
     done = [done for done, _ in engine.progress]
     assert done == sorted(done)

@@ -139,7 +139,14 @@ def test_wheel_holds_nothing_but_nsa_serve(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"nsa_serve"}
-    for expected in ("kernels/gpu/kv_write.py", "server/cli.py", "engine/engine.py", "py.typed"):
+    for expected in (
+        "kernels/gpu/kv_write.py",
+        "server/cli.py",
+        "server/static/index.html",
+        "server/static/main.js",
+        "engine/engine.py",
+        "py.typed",
+    ):
         assert f"nsa_serve/{expected}" in names
 
 

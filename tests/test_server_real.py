@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
@@ -45,6 +47,24 @@ def test_an_answer_is_the_same_streamed_and_whole(client):
 def test_models_lists_the_embedded_one(client):
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len) == (MODEL, 2048)
+
+
+def test_a_trace_shows_the_blocks_of_a_long_prompt(url, client):
+    asked = {"model": MODEL, "prompt": LONG * 8, "max_tokens": 4, "temperature": 0}
+    plain = client.completions.create(**asked)
+    traced = client.completions.create(**asked, extra_body={"nsa_trace": True})
+    assert traced.choices[0].text == plain.choices[0].text
+    trace = httpx.get(f"{url}/traces/{traced.id}").json()
+    assert (trace["layers"], trace["kv_heads"], trace["selected"]) == (30, 3, 16)
+    assert trace["gates"] is None
+    assert "".join(token["text"] for token in trace["tokens"]) == plain.choices[0].text
+    assert trace["blocks"][0].startswith("The quick brown fox")
+    chosen = np.frombuffer(base64.b64decode(trace["selection"]), "<i4").reshape(4, 30, 3, 16)
+    pages = -(-trace["num_prompt_tokens"] // 64)
+    assert pages > 16
+    assert (chosen[..., 0] == 0).all()
+    assert (np.diff(chosen) > 0).all()
+    assert (chosen[0, ..., -2:] == [pages - 2, pages - 1]).all()
 
 
 def test_sixteen_requests_at_once_are_all_answered(url):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+# In ``holders``: nobody holds the block, and it is kept for its content.
+KEPT = 255
+
 
 class BlockPool:
     """Every block id is free, cached (kept for its content, held by nobody) or in use.
@@ -34,6 +37,13 @@ class BlockPool:
 
     def ref_count(self, block_id: int) -> int:
         return self._ref_counts[block_id]
+
+    def holders(self) -> bytes:
+        """A byte for each block: how many hold it, at most 254; ``KEPT`` where it is cached."""
+        counts = bytearray(min(count, KEPT - 1) for count in self._ref_counts)
+        for block_id in self._cached:
+            counts[block_id] = KEPT
+        return bytes(counts)
 
     def is_cached(self, block_id: int) -> bool:
         return block_id in self._cached

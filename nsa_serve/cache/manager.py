@@ -74,6 +74,10 @@ class CacheManager:
     def num_in_use(self) -> int:
         return self._pool.num_in_use
 
+    def holders(self) -> bytes:
+        """A byte for each block, as of ``BlockPool.holders``."""
+        return self._pool.holders()
+
     def num_pages(self, num_tokens: int) -> int:
         """Pages that so many tokens occupy, the last one perhaps in part."""
         return -(-num_tokens // self.page_size)

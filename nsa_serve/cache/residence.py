@@ -78,6 +78,10 @@ class Residence:
     def check_pins(self, pins: Mapping[int, int]) -> None:
         """Each block is pinned as often as ``pins`` says."""
 
+    def spilled(self) -> list[int]:
+        """Blocks whose raw pages are in host memory alone; here there is no host tier."""
+        return []
+
     def check(self) -> None:
         """No slot is given twice."""
         taken = [slot for slot in self._slots if slot != ABSENT]

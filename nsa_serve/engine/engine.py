@@ -18,7 +18,7 @@ from ..request import EngineRequest, FinishReason, Request, RequestOutput
 from ..runner.model_runner import NO_FINITE_LOGITS
 from ..schedule.plan import SampledToken, StepPlan, StepResult
 from ..schedule.scheduler import Scheduler, StepUpdate
-from ..stats import StatsSnapshot
+from ..stats import CacheMap, StatsSnapshot
 from ..tokenizer import Tokenizer
 from .build import EngineParts, OnProgress, W, build_mock_parts, build_parts
 from .checks import check_request
@@ -185,6 +185,10 @@ class Engine:
             num_blocks_in_use=cache.num_in_use,
             num_blocks_cached=cache.num_cached,
         )
+
+    def cache_map(self) -> CacheMap:
+        """Who holds each block, and which are not on the device. Takes time by their number."""
+        return CacheMap(self._cache.holders(), self._cache.residence.spilled())
 
     def check(self) -> None:
         """Assert that the books are right: no block, row or request is lost or owned twice."""

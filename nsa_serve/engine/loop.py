@@ -8,8 +8,19 @@ from typing import Protocol
 
 from ..errors import InvalidParameter, NSAServeError, Overloaded, RequestError
 from ..request import EngineRequest, RequestOutput
+from ..stats import CacheMap
 from .engine import Engine
-from .messages import Abort, Command, Ping, Rejection, Report, Shutdown, Submit, Unreadable
+from .messages import (
+    Abort,
+    Command,
+    Ping,
+    Rejection,
+    Report,
+    Shutdown,
+    Submit,
+    Survey,
+    Unreadable,
+)
 
 # The books are checked once after this long without a command, so that nobody waits for it.
 IDLE_SECONDS = 1.0
@@ -37,6 +48,7 @@ class EngineLoop:
         self._checked = True  # since the last work
         self._outputs: list[RequestOutput] = []
         self._rejections: list[Rejection] = []
+        self._cache_map: CacheMap | None = None
 
     def run(self) -> None:
         """Loop until told to stop. What it raises is the end of the engine."""
@@ -76,6 +88,8 @@ class EngineLoop:
                 self._reject(request_id, InvalidParameter(message))
             case Ping():
                 pass  # any command is answered by the report of this turn
+            case Survey():
+                self._cache_map = self._engine.cache_map()
             case Shutdown():
                 self._stopping = True
 
@@ -97,6 +111,6 @@ class EngineLoop:
         )
 
     def _send_report(self) -> None:
-        report = Report(self._engine.stats(), self._outputs, self._rejections)
-        self._outputs, self._rejections = [], []
+        report = Report(self._engine.stats(), self._outputs, self._rejections, self._cache_map)
+        self._outputs, self._rejections, self._cache_map = [], [], None
         self._port.send(report)

@@ -13,7 +13,7 @@ import msgspec
 
 from ..config import EngineConfig
 from ..request import EngineRequest, RequestOutput
-from ..stats import StatsSnapshot
+from ..stats import CacheMap, StatsSnapshot
 from ..tokenizer import TokenizerSource
 
 
@@ -29,11 +29,15 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     """Answered by the engine's loop itself, with a report between two steps."""
 
 
+class Survey(msgspec.Struct, frozen=True, tag=True):
+    """Asks for a map of the cache, which comes with the report of the same turn."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the process; what still runs is dropped."""
 
 
-Command = Submit | Abort | Ping | Shutdown
+Command = Submit | Abort | Ping | Survey | Shutdown
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -102,6 +106,7 @@ class Report(msgspec.Struct, frozen=True, tag=True):
     stats: StatsSnapshot
     outputs: list[RequestOutput] = []
     rejections: list[Rejection] = []
+    cache: CacheMap | None = None  # where a survey was asked for
 
 
 Event = LoadProgress | Ready | Fatal | Report
