@@ -20,7 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     mean_square.square_().div_(x.shape[-1])
     normed = x * mean_square.add_(eps).rsqrt_()
-    return normed.to(x.dtype).mul_(weight.to(x.dtype))
+    out: Tensor = normed.to(x.dtype).mul_(weight.to(x.dtype))
+    return out
 
 
 def add_rms_norm(

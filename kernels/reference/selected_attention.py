@@ -12,7 +12,6 @@ from .select_blocks import every_block
 from .softmax_attention import attend_tile, weighted_values
 from .tiers import joined
 from .token_groups import TokenGroup, attend_group, token_groups, zeros
-from .tiers import joined
 
 Tensor = torch.Tensor
 

@@ -44,7 +44,8 @@ def weighted_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
     if bias is None:
         bias = causal_bias(range(q.shape[-2]), range(k.shape[-2]), None, q.device)
     scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
-    return (scores.softmax(-1) @ v.float()).to(q.dtype)
+    weighted: Tensor = (scores.softmax(-1) @ v.float()).to(q.dtype)
+    return weighted
 
 
 def causal_bias(queries: range, keys: range, window: int | None, device: torch.device) -> Tensor:
