@@ -23,6 +23,7 @@ class AttentionMode(StrEnum):
 class Policy(StrEnum):
     FCFS = "fcfs"
     PRIORITY = "priority"
+    DEADLINE = "deadline"
 
 
 class DType(StrEnum):
@@ -67,6 +68,7 @@ class ScheduleConfig:
     max_num_batched_tokens: int | None = None  # the step's token budget; None: by device
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 16 << 20
+    request_timeout: float | None = None  # seconds that a request may take at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,11 @@ class EngineConfig:
         )
         _need(s.max_num_queued_reqs > 0, "--max-num-queued-reqs must be at least 1")
         _need(s.max_num_queued_tokens > 0, "--max-num-queued-tokens must be at least 1")
+        timeout = s.request_timeout
+        _need(
+            timeout is None or 0 < timeout < float("inf"),
+            f"--request-timeout must be more than 0 seconds, not {timeout}",
+        )
         share = self.cache.gpu_memory_utilization
         _need(0 < share <= 1, f"--gpu-memory-utilization must be in (0, 1], not {share}")
         kv = self.cache.kv_cache_memory_bytes

@@ -73,6 +73,10 @@ class StepFailed(ServerError):
     """A step failed on this request (its logits were NaN, say); the engine goes on."""
 
 
+class RequestTimeout(ServerError):
+    """The request took longer than its time-out, and was ended."""
+
+
 class ConfigError(NSAServeError):
     """A flag or a combination of flags can't work; the message names the flag and the numbers."""
 

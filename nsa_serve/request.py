@@ -17,6 +17,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     TOOL_CALLS = "tool_calls"
+    TIMEOUT = "timeout"
     ABORT = "abort"
     ERROR = "error"
 
@@ -78,6 +79,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0  # lower runs first
+    deadline: float | None = None  # seconds from arrival by which its answer is wanted
+    timeout: float | None = None  # seconds from arrival after which it is ended
     cache_salt: str = ""  # separates tenants' prefix caches
     stream: bool = True  # False: one output at the end, no deltas
 
@@ -128,7 +131,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     )
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
-    error: str | None = None  # with FinishReason.ERROR
+    error: str | None = None  # with FinishReason.ERROR and TIMEOUT
     error_param: str | None = None  # the request's field that is at fault, where one is
     trace: list[TokenTrace] | None = None  # only if asked for, with finish_reason
     usage: Usage | None = None  # always with finish_reason
@@ -155,6 +158,8 @@ class Request:
     sampling: SamplingParams
     arrival: float
     priority: int = 0
+    deadline: float | None = None  # seconds from arrival: the order among others
+    timeout: float | None = None  # seconds from arrival: then it is ended
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose K/V are in the cache, once the launched steps are done

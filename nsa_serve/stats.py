@@ -18,6 +18,9 @@ class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     num_running: int  # gauge
     num_waiting: int  # gauge
+    num_queued_tokens: int = 0  # gauge: prompt tokens of those that wait
+    prefill_tokens_per_s: float = 0.0  # gauge: as measured of late; 0 before that
+    retry_after: int = 1  # gauge: seconds after which who is refused now should come again
     num_blocks: int  # gauge
     num_blocks_in_use: int  # gauge
     num_blocks_cached: int  # gauge: held by nobody, kept for their content
@@ -25,10 +28,12 @@ class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queries: int  # tokens looked up in the prefix cache
     prefix_hits: int  # of them found
     num_preemptions: int
+    num_lost_tokens: int = 0  # computed, lost to preemptions and not in the prefix cache for sure
     prompt_tokens: int  # of requests that reached their first token
     cached_tokens: int  # of them taken from the prefix cache
     generation_tokens: int
     num_rejected: int  # refused at the door
+    num_late: int = 0  # ended after their deadline
     num_void_logits: int  # requests that failed because their logits had no finite maximum
     num_finished: dict[str, int]  # by finish reason
     iteration_buckets: list[int]  # steps by tokens computed: bounds of ITERATION_BUCKETS, then more
@@ -55,10 +60,12 @@ class EngineStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     num_preemptions: int = 0
+    num_lost_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
     num_rejected: int = 0
+    num_late: int = 0
     num_void_logits: int = 0
     num_finished: Counter[FinishReason] = field(default_factory=Counter)
     iteration_buckets: list[int] = field(default_factory=lambda: [0] * (len(ITERATION_BUCKETS) + 1))
@@ -84,6 +91,9 @@ class EngineStats:
         *,
         num_running: int,
         num_waiting: int,
+        num_queued_tokens: int = 0,
+        prefill_tokens_per_s: float = 0.0,
+        retry_after: int = 1,
         num_blocks: int,
         num_blocks_in_use: int,
         num_blocks_cached: int,
@@ -91,6 +101,9 @@ class EngineStats:
         return StatsSnapshot(
             num_running=num_running,
             num_waiting=num_waiting,
+            num_queued_tokens=num_queued_tokens,
+            prefill_tokens_per_s=prefill_tokens_per_s,
+            retry_after=retry_after,
             num_blocks=num_blocks,
             num_blocks_in_use=num_blocks_in_use,
             num_blocks_cached=num_blocks_cached,
@@ -98,10 +111,12 @@ class EngineStats:
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
             num_preemptions=self.num_preemptions,
+            num_lost_tokens=self.num_lost_tokens,
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             generation_tokens=self.generation_tokens,
             num_rejected=self.num_rejected,
+            num_late=self.num_late,
             num_void_logits=self.num_void_logits,
             num_finished={reason.value: self.num_finished[reason] for reason in FinishReason},
             iteration_buckets=list(self.iteration_buckets),

@@ -45,8 +45,11 @@ class Admission:
             self.num_rejected += 1
             raise _shutting_down()
 
-    def enter(self, entry: Endable) -> None:
-        """Count the request in, or raise ``Overloaded``. Alone, a request of any size is let in."""
+    def enter(self, entry: Endable, retry_after: int = 1) -> None:
+        """Count the request in, or raise ``Overloaded`` with the seconds the engine expects.
+
+        Alone, a request of any size is let in.
+        """
         self.check()
         requests = self._num_requests + entry.num_requests
         tokens = self._num_tokens + entry.num_tokens
@@ -55,7 +58,7 @@ class Admission:
             raise Overloaded(
                 f"the queue is full: {self._num_requests} requests with {self._num_tokens} "
                 f"prompt tokens; at most {self.max_requests} and {self.max_tokens}",
-                retry_after=RETRY_QUEUE,
+                retry_after=retry_after,
             )
         self._count(entry, 1)
         self._open.add(entry)

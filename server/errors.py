@@ -21,6 +21,7 @@ from ..errors import (
     ModelNotFound,
     Overloaded,
     RequestError,
+    RequestTimeout,
     ServerError,
     StepFailed,
     TraceNotFound,
@@ -54,6 +55,7 @@ TABLE: tuple[tuple[type[BaseException], ErrorRow], ...] = (
     (BodyTooLarge, ErrorRow(413, "invalid_request_error")),
     (RequestError, ErrorRow(400, "invalid_request_error")),
     (Overloaded, ErrorRow(503, "overloaded_error", "overloaded")),
+    (RequestTimeout, ErrorRow(504, "timeout_error", "request_timeout")),
     (EngineDead, ErrorRow(500, "server_error", "engine_dead", "the engine has stopped")),
     (
         StepFailed,

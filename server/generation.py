@@ -9,7 +9,7 @@ from typing import Self
 
 from starlette.types import Receive
 
-from ..errors import InvalidParameter, StepFailed
+from ..errors import InvalidParameter, NSAServeError, RequestTimeout, StepFailed
 from ..request import EngineRequest, FinishReason, RequestOutput
 from .admission import Admission
 from .ports import Engine
@@ -69,7 +69,8 @@ class Generation:
         self._queue.put_nowait(error)
 
     async def __aenter__(self) -> Self:
-        self._admission.enter(self)
+        stats = await self._engine.stats()
+        self._admission.enter(self, stats.retry_after)
         pumps = [self._pump(index, request) for index, request in enumerate(self._requests)]
         self._tasks = [asyncio.create_task(work) for work in (*pumps, self._watch_client())]
         return self
@@ -91,8 +92,8 @@ class Generation:
     async def arrivals(self, timeout: float | None = None) -> list[Arrival]:
         """All outputs that have come; waits for the first, and gives [] after ``timeout`` seconds.
 
-        Raises what ended the generation: ``StepFailed``, ``EngineDead``, ``Overloaded``,
-        ``ClientGone``.
+        Raises what ended the generation: ``StepFailed``, ``RequestTimeout``, ``EngineDead``,
+        ``Overloaded``, ``ClientGone``.
         """
         if self._error is not None:
             raise self._error
@@ -150,10 +151,12 @@ class Generation:
         self._queue.put_nowait(ClientGone())
 
 
-def _failure(output: RequestOutput) -> StepFailed | InvalidParameter | None:
+def _failure(output: RequestOutput) -> NSAServeError | None:
     """An output that ends its request without an answer, as an error."""
     if output.error is not None and output.error_param is not None:
         return InvalidParameter(output.error, param=output.error_param)
+    if output.finish_reason is FinishReason.TIMEOUT:
+        return RequestTimeout(output.error or "the request was ended at its time-out")
     if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
         return StepFailed(output.error or f"request {output.request_id} was aborted")
     return None

@@ -12,7 +12,8 @@ from hashlib import blake2b
 
 from nsa_serve.cache.manager import CacheManager
 from nsa_serve.config import Policy, ScheduleConfig
-from nsa_serve.request import EngineRequest, SamplingParams, TokenLogprob
+from nsa_serve.request import EngineRequest, FinishReason, Request, SamplingParams, TokenLogprob
+from nsa_serve.schedule.forecast import OutputLengths
 from nsa_serve.schedule.plan import PromptLogprobs, RowStart, SampledToken, StepPlan, StepResult
 from nsa_serve.schedule.scheduler import Scheduler, StepUpdate
 
@@ -155,15 +156,31 @@ class FakeRunner:
 
 
 def make_request(
-    request_id: str, prompt: list[int], *, priority: int = 0, salt: str = "", **sampling
+    request_id: str,
+    prompt: list[int],
+    *,
+    priority: int = 0,
+    deadline: float | None = None,
+    timeout: float | None = None,
+    salt: str = "",
+    **sampling,
 ) -> EngineRequest:
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
         sampling=SamplingParams(**sampling),
         priority=priority,
+        deadline=deadline,
+        timeout=timeout,
         cache_salt=salt,
     )
+
+
+class NothingExpected(OutputLengths):
+    """Lets in whatever fits now, so that requests outgrow the cache."""
+
+    def remaining(self, request: Request) -> int:
+        return 0
 
 
 class Harness:
@@ -180,7 +197,8 @@ class Harness:
         max_model_len: int = 256,
         policy: Policy = Policy.FCFS,
         prefix_caching: bool = True,
-        **limits: int,
+        far_sighted: bool = True,
+        **limits: float,
     ) -> None:
         self.cache = self.make_cache(num_blocks, page_size, prefix_caching)
         self.scheduler = Scheduler(
@@ -190,6 +208,7 @@ class Harness:
             token_budget=budget,
             eos_token_ids=frozenset({EOS}),
             depth=depth,
+            lengths=None if far_sighted else NothingExpected(),
         )
         self.runner = FakeRunner(page_size)
         self.budget, self.depth, self.now = budget, depth, 0.0
@@ -229,14 +248,24 @@ class Harness:
             self.updates[update.request.request_id].append(update)
         return updates
 
+    def end_overdue(self) -> list[Request]:
+        """What the engine does before each step: end what has run out of time."""
+        overdue = self.scheduler.overdue(self.now)
+        for request in overdue:
+            ended = self.scheduler.finish(request.request_id, FinishReason.TIMEOUT, self.now)
+            assert ended is request
+            self.scheduler.check()
+        return overdue
+
     def is_ended(self, request_id: str) -> bool:
         updates = self.updates[request_id]
         return bool(updates) and updates[-1].finish_reason is not None
 
     def step(self) -> StepPlan | None:
         """Launch a step, then apply the oldest if more are out than the depth allows."""
-        self.now += 1.0
+        self.end_overdue()
         plan = self.launch()
+        self.now += 1.0
         if self.unapplied and (plan is None or len(self.unapplied) > self.depth):
             self.apply()
         return plan

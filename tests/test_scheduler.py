@@ -45,16 +45,16 @@ def test_a_prefill_chunk_and_decodes_share_a_step():
     house.step()
     house.add("b", list(range(1, 21)), seed=7, max_tokens=2, ignore_eos=True)
     plan = house.step()
-    assert [(c.request_id, c.num_tokens) for c in plan.chunks] == [("a", 1), ("b", 7)]
+    assert [(c.request_id, c.num_tokens) for c in plan.chunks] == [("a", 1), ("b", 2)]
 
 
 def test_a_short_prompt_does_not_wait_for_all_of_a_long_one():
     house = Harness(budget=8, num_blocks=128)
     house.add("long", list(range(1, 200)), max_tokens=2)
-    house.step()
-    house.add("short", [9, 9, 9, 9], max_tokens=2)
+    assert house.step().num_tokens == 8
+    house.add("short", [9, 9], max_tokens=2)
     plan = house.step()
-    assert {c.request_id: c.num_tokens for c in plan.chunks} == {"long": 4, "short": 4}
+    assert {c.request_id: c.num_tokens for c in plan.chunks} == {"long": 2, "short": 2}
 
 
 def test_a_stream_of_short_prompts_does_not_starve_a_long_one():
@@ -244,16 +244,41 @@ def test_a_queue_full_of_tokens_refuses_but_an_empty_one_takes_any_prompt():
     house.drain()
 
 
-def test_retry_after_follows_the_rate_of_endings():
-    house = Harness(max_num_queued_reqs=1)
-    for i in range(60):
-        house.add(f"r{i}", [1], max_tokens=1)
-        house.now += 10
-        house.step()
-    house.add("last", [1])
-    with pytest.raises(Overloaded) as e:
+def test_retry_after_is_the_time_to_compute_half_of_the_queue_at_the_measured_speed():
+    house = Harness(max_num_queued_reqs=3, budget=5)
+    house.add("measured", [1] * 20, max_tokens=1)
+    house.drain()  # a step takes a second here: 5 tokens a second
+    for i in range(3):
+        house.add(f"r{i}", [1] * 40, max_tokens=1)
+    with pytest.raises(Overloaded, match="try again in 12 s") as e:
         house.add("more", [1])
-    assert 11 <= e.value.retry_after <= 13
+    assert e.value.retry_after == 12
+    assert house.scheduler.snapshot().retry_after == 12
+    assert house.scheduler.snapshot().prefill_tokens_per_s == pytest.approx(5)
+
+
+def test_retry_after_covers_what_a_queue_full_of_tokens_lacks_for_this_prompt():
+    house = Harness(max_num_queued_tokens=50, budget=5)
+    house.add("measured", [1] * 20, max_tokens=1)
+    house.drain()
+    house.add("waits", [1] * 20, max_tokens=1)
+    with pytest.raises(Overloaded) as e:
+        house.add("more", [1] * 60, max_tokens=1)
+    assert e.value.retry_after == 6  # 30 tokens too many
+
+
+def test_while_nothing_of_the_queue_is_computed_retry_after_grows_to_its_limit():
+    house = Harness(max_num_queued_reqs=1, num_blocks=8, page_size=4)
+    house.add("runs", [1] * 4, max_tokens=28, ignore_eos=True)
+    house.step()
+    house.add("waits", [2] * 20, max_tokens=1)
+    seconds = []
+    for _ in range(20):
+        house.step()
+        seconds.append(house.scheduler.snapshot().retry_after)
+    assert seconds == sorted(seconds)
+    assert seconds[-1] > seconds[0]
+    house.drain()
 
 
 @depths
@@ -322,7 +347,7 @@ def test_a_waiting_choice_can_be_aborted():
 
 @depths
 def test_preemption_takes_the_newest_and_changes_no_text(depth):
-    house = Harness(depth=depth, num_blocks=9, page_size=4)
+    house = Harness(far_sighted=False, depth=depth, num_blocks=9, page_size=4)
     prompts = {name: [i + 1] * 6 for i, name in enumerate("abc")}
     requests = {
         name: house.add(name, prompt, seed=7, max_tokens=16, ignore_eos=True)
@@ -336,7 +361,7 @@ def test_preemption_takes_the_newest_and_changes_no_text(depth):
 
 
 def test_under_priority_the_least_urgent_is_preempted():
-    house = Harness(num_blocks=9, page_size=4, policy=Policy.PRIORITY)
+    house = Harness(far_sighted=False, num_blocks=9, page_size=4, policy=Policy.PRIORITY)
     urgent = {"a": 3, "b": 0, "c": 1}
     requests = {
         name: house.add(
@@ -350,7 +375,7 @@ def test_under_priority_the_least_urgent_is_preempted():
 
 
 def test_a_preempted_request_keeps_its_tokens_and_resumes_with_them():
-    house = Harness(num_blocks=6, page_size=4, prefix_caching=False)
+    house = Harness(far_sighted=False, num_blocks=6, page_size=4, prefix_caching=False)
     house.add("a", [1] * 4, seed=7, max_tokens=16, ignore_eos=True)
     victim = house.add("b", [2] * 4, seed=7, max_tokens=16, ignore_eos=True)
     while victim.status is not RequestStatus.PREEMPTED:
@@ -365,7 +390,7 @@ def test_a_preempted_request_keeps_its_tokens_and_resumes_with_them():
 
 @depths
 def test_a_seed_is_derived_from_the_id_and_survives_preemption(depth):
-    house = Harness(depth=depth, num_blocks=6, page_size=4)
+    house = Harness(far_sighted=False, depth=depth, num_blocks=6, page_size=4)
     for i, name in enumerate("ab"):
         house.add(name, [i + 1] * 4, max_tokens=16, ignore_eos=True)
     house.drain()
@@ -404,10 +429,14 @@ def test_pages_that_a_failed_request_published_earlier_are_withdrawn():
 
 
 def test_pages_are_published_when_their_step_is_applied_not_when_it_is_launched():
-    house = Harness(depth=1, budget=8)
-    house.add("a", list(range(1, 18)), max_tokens=4)
+    house = Harness(depth=1, budget=32)
+    house.add("a", list(range(1, 9)), max_tokens=4, ignore_eos=True)
     house.launch()
     house.launch()
+    asked = Request("b", list(range(1, 18)), SamplingParams(), 0.0, index=999)
+    house.cache.add(asked)
+    assert len(house.cache.match(asked).block_ids) == 0
+    house.cache.remove(asked)
     house.apply()
     asked = Request("b", list(range(1, 18)), SamplingParams(), 0.0, index=999)
     house.cache.add(asked)
@@ -429,7 +458,7 @@ def test_a_prompt_that_does_not_fit_beside_the_others_waits_and_preempts_nobody(
 
 
 def test_blocks_on_their_way_back_are_waited_for_before_another_is_preempted():
-    house = Harness(depth=1, num_blocks=12, page_size=4, prefix_caching=False)
+    house = Harness(far_sighted=False, depth=1, num_blocks=12, page_size=4, prefix_caching=False)
     for i in range(3):
         house.add(f"r{i}", [i + 1] * 8, max_tokens=20, ignore_eos=True)
     stats = house.scheduler.stats
@@ -443,7 +472,7 @@ def test_blocks_on_their_way_back_are_waited_for_before_another_is_preempted():
 
 @depths
 def test_prompt_logprobs_come_once_and_whole_despite_preemption(depth):
-    house = Harness(depth=depth, num_blocks=9, page_size=4, budget=5)
+    house = Harness(far_sighted=False, depth=depth, num_blocks=9, page_size=4, budget=5)
     for i in range(3):
         house.add(f"r{i}", [i + 1] * 10, seed=7, max_tokens=20, ignore_eos=True, prompt_logprobs=1)
     house.drain()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from ..request import Request
@@ -88,6 +89,12 @@ class CacheManager:
 
     def num_held(self, request: Request) -> int:
         return len(self._tables[request.index].block_ids)
+
+    def num_shared(self, request: Request) -> int:
+        """Leading blocks of a request that others hold as well: they stay when it is preempted."""
+        block_ids = self._tables[request.index].block_ids
+        shared = takewhile(lambda block_id: self._pool.ref_count(block_id) > 1, block_ids)
+        return sum(1 for _ in shared)
 
     def known(self) -> set[int]:
         """Indices of the requests that were added and not yet removed."""

@@ -139,8 +139,8 @@ class Engine:
         return None if live is None else self._end(live, FinishReason.ABORT, now)
 
     def step(self, now: float) -> list[RequestOutput]:
-        """Launch the next step and take in the oldest one that is due."""
-        outputs = self._take_turns(now)
+        """End what is overdue, launch the next step and take in the oldest one that is due."""
+        outputs = self._end_overdue(now) + self._take_turns(now)
         # More are out than the depth allows only where a step was interrupted (Ctrl-C).
         # Behind a failed launch nothing is scheduled: it would build on tokens that never come.
         plan = None
@@ -172,19 +172,24 @@ class Engine:
         self._scheduler.allow(turn.request_id, turn.mask)
         return None
 
+    def _end_overdue(self, now: float) -> list[RequestOutput]:
+        """Final outputs of requests whose time-out has passed, whether they ran or waited."""
+        return [
+            self._end(
+                self._live[request.request_id],
+                FinishReason.TIMEOUT,
+                now,
+                error=TIMED_OUT.format(request.timeout, len(request.output_token_ids)),
+            )
+            for request in self._scheduler.overdue(now)
+        ]
+
     @property
     def _has_failed_launch(self) -> bool:
         return bool(self._flights) and self._flights[-1].pending is None
 
     def stats(self) -> StatsSnapshot:
-        scheduler, cache = self._scheduler, self._cache
-        return scheduler.stats.snapshot(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_blocks=cache.num_blocks,
-            num_blocks_in_use=cache.num_in_use,
-            num_blocks_cached=cache.num_cached,
-        )
+        return self._scheduler.snapshot()
 
     def cache_map(self) -> CacheMap:
         """Who holds each block, and which are not on the device. Takes time by their number."""
@@ -321,6 +326,7 @@ class Engine:
 
 STEP_FAILED = "the step that computed this request failed; see the server's log"
 OUT_OF_MEMORY = "the device has too little memory left for this request; try it again later"
+TIMED_OUT = "the request was ended at its time-out of {:g} s, after {} tokens"
 OUTPUT_FAILED = "the text of this request could not be made; see the server's log"
 
 

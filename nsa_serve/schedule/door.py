@@ -9,21 +9,20 @@ from ..cache.manager import CacheManager
 from ..config import ScheduleConfig
 from ..errors import InvalidParameter, Overloaded, PromptTooLong
 from ..request import EngineRequest, Request
+from .speed import PrefillSpeed
 
 MAX_RETRY_AFTER = 60  # seconds
-SMOOTHING = 0.1  # weight of the newest interval between two endings
 
 
 class Door:
     """Checks requests at entry and counts the prompt tokens that wait."""
 
     def __init__(self, config: ScheduleConfig, cache: CacheManager, max_model_len: int) -> None:
+        self.speed = PrefillSpeed()
+        self.queued_tokens = 0
         self._config = config
         self._cache = cache
         self._max_model_len = max_model_len
-        self._queued_tokens = 0
-        self._last_end: float | None = None
-        self._interval = 0.0  # seconds between two endings, smoothed
 
     def check(self, request: EngineRequest, taken_ids: Collection[str], num_waiting: int) -> None:
         """Raise ``InvalidParameter``, ``PromptTooLong`` or ``Overloaded``, with the numbers."""
@@ -31,6 +30,8 @@ class Door:
             raise InvalidParameter("the prompt is empty; give at least one token", param="prompt")
         if request.sampling.max_tokens < 1:
             raise InvalidParameter("max_tokens must be at least 1", param="max_tokens")
+        _check_seconds("timeout", request.timeout)
+        _check_seconds("deadline", request.deadline)
         if request.request_id in taken_ids:
             raise InvalidParameter(
                 f"a request with id {request.request_id!r:.80} is running already",
@@ -41,19 +42,23 @@ class Door:
 
     def enter(self, request: Request) -> None:
         """A request waits, for the first time or again."""
-        self._queued_tokens += request.num_prompt
+        self.queued_tokens += request.num_prompt
 
     def leave(self, request: Request) -> None:
-        self._queued_tokens -= request.num_prompt
+        self.queued_tokens -= request.num_prompt
 
-    def count_end(self, now: float) -> None:
-        """A request has ended: places in the queue come free at this rate."""
-        if self._last_end is not None:
-            self._interval += SMOOTHING * (now - self._last_end - self._interval)
-        self._last_end = now
+    def retry_after(self, num_tokens: int = 0) -> int:
+        """Seconds until ``num_tokens`` fewer wait, and half of the queue is gone at least.
+
+        Half, so that there is room for all who are sent away together, and work until they come.
+        """
+        seconds = self.speed.seconds_for(max(num_tokens, self.queued_tokens / 2))
+        if seconds is None:
+            return 1
+        return math.ceil(round(min(MAX_RETRY_AFTER, max(1.0, seconds)), 3))
 
     def check_queued(self, waiting: Iterable[Request]) -> None:
-        assert self._queued_tokens == sum(r.num_prompt for r in waiting), "queued tokens leak"
+        assert self.queued_tokens == sum(r.num_prompt for r in waiting), "queued tokens leak"
 
     def _check_length(self, num_prompt: int, max_tokens: int) -> None:
         total = num_prompt + max_tokens
@@ -75,13 +80,19 @@ class Door:
 
     def _check_queue(self, num_prompt: int, num_waiting: int) -> None:
         limits = self._config
+        excess = self.queued_tokens + num_prompt - limits.max_num_queued_tokens
         if num_waiting >= limits.max_num_queued_reqs:
             reason = f"{num_waiting} requests wait already"
-        elif num_waiting and self._queued_tokens + num_prompt > limits.max_num_queued_tokens:
-            reason = f"requests with {self._queued_tokens} prompt tokens wait already"
+        elif num_waiting and excess > 0:
+            reason = f"requests with {self.queued_tokens} prompt tokens wait already"
         else:
             return
-        seconds = min(MAX_RETRY_AFTER, max(1, math.ceil(self._interval)))
+        seconds = self.retry_after(excess)
         raise Overloaded(
             f"The queue is full: {reason}; try again in {seconds} s.", retry_after=seconds
         )
+
+
+def _check_seconds(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise InvalidParameter(f"{name} must be more than 0 seconds, not {value}", param=name)

@@ -9,6 +9,8 @@ from ..config import ScheduleConfig
 from ..request import EngineRequest, FinishReason, Request, RequestStatus
 from ..stats import EngineStats
 from .door import Door
+from .forecast import OutputLengths
+from .limits import TimeLimits
 from .policy import ORDERS
 from .queue import WaitingQueue
 
@@ -21,7 +23,12 @@ class Roster:
     """
 
     def __init__(
-        self, config: ScheduleConfig, cache: CacheManager, max_model_len: int, stats: EngineStats
+        self,
+        config: ScheduleConfig,
+        cache: CacheManager,
+        max_model_len: int,
+        stats: EngineStats,
+        lengths: OutputLengths,
     ) -> None:
         self.order = ORDERS[config.policy]
         self.requests: dict[str, Request] = {}
@@ -29,9 +36,13 @@ class Roster:
         self.running: list[Request] = []  # in the policy's order
         self.retiring: list[Request] = []
         self.held: dict[int, Request] = {}  # by index: those whose grammar is being compiled
+        self.door = Door(config, cache, max_model_len)
+        self.lengths = lengths
+        self.num_left = 0  # how often a request has stopped running
+        self._time_limits = TimeLimits()
+        self._timeout = config.request_timeout
         self._cache = cache
         self._stats = stats
-        self._door = Door(config, cache, max_model_len)
         self._max_num_seqs = config.max_num_seqs
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._freed_rows: list[int] = []  # since the last plan
@@ -53,13 +64,16 @@ class Roster:
 
     def add(self, request: EngineRequest, now: float) -> Request:
         """Let a request into the queue; errors as of ``Door.check``."""
-        self._door.check(request, self.requests.keys(), self.num_waiting)
+        self.door.check(request, self.requests.keys(), self.num_waiting)
+        timeout = min(filter(None, (request.timeout, self._timeout)), default=None)
         accepted = Request(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
             sampling=request.sampling,
             arrival=now,
             priority=request.priority,
+            deadline=request.deadline or timeout,
+            timeout=timeout,
             cache_salt=request.cache_salt,
             index=self._next_index,
             limit=len(request.prompt_token_ids) + request.sampling.max_tokens,
@@ -67,7 +81,8 @@ class Roster:
         self._next_index += 1
         self.requests[accepted.request_id] = accepted
         self._cache.add(accepted)
-        self._door.enter(accepted)
+        self._time_limits.add(accepted)
+        self.door.enter(accepted)
         if accepted.awaits_mask:
             self.held[accepted.index] = accepted
         else:
@@ -83,7 +98,7 @@ class Roster:
         """The first in the queue runs; the pages of its match count as computed."""
         request = self.queue.pop()
         self._cache.allocate(request, match)
-        self._door.leave(request)
+        self.door.leave(request)
         request.status = RequestStatus.RUNNING
         request.num_computed = len(match.block_ids) * self._cache.page_size
         insort(self.running, request, key=self.order)
@@ -92,6 +107,15 @@ class Roster:
             if self._cache.may_share(request):
                 self._stats.count_lookup(request.num_prompt, request.num_cached)
         return request
+
+    def behind(self, request: Request) -> list[Request]:
+        """Those that run and stand behind a request that runs, in order."""
+        place = bisect_left(self.running, self.order(request), key=self.order)
+        return self.running[place + 1 :]
+
+    def overdue(self, now: float) -> list[Request]:
+        """Requests that have run out of time, each returned once; they are to be ended."""
+        return self._time_limits.take_due(now, self.requests)
 
     def take_row(self, request: Request, now: float) -> int:
         """A row for a request's first chunk since it runs."""
@@ -105,14 +129,15 @@ class Roster:
         freed, self._freed_rows = self._freed_rows, []
         return freed
 
-    def preempt(self, request: Request) -> None:
-        """Back into the queue. Tokens are kept, K/V are computed again (or hit) on resumption."""
+    def preempt(self, request: Request, num_lost: int) -> None:
+        """Back into the queue. Tokens are kept; ``num_lost`` of them are to be computed again."""
         self._leave_running(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed = 0
         request.num_preemptions += 1
         self._stats.num_preemptions += 1
-        self._door.enter(request)
+        self._stats.num_lost_tokens += num_lost
+        self.door.enter(request)
         self._retire(request)
 
     def end(self, request: Request, reason: FinishReason, now: float) -> None:
@@ -121,12 +146,15 @@ class Roster:
         status, request.status = request.status, RequestStatus.FINISHED
         request.finish_reason = reason
         self._stats.num_finished[reason] += 1
-        self._door.count_end(now)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.TOOL_CALLS):
+            self.lengths.record(request)
+        if request.deadline is not None and now > request.arrival + request.deadline:
+            self._stats.num_late += 1
         if status is RequestStatus.RUNNING:
             self._leave_running(request)
             self._retire(request)
             return
-        self._door.leave(request)
+        self.door.leave(request)
         if self.held.pop(request.index, None) is not None:
             self._cache.remove(request)
         elif request.last_step <= self._applied:  # else it is retiring already
@@ -157,9 +185,10 @@ class Roster:
         rows = [r.row for r in self.running if r.row is not None]
         assert sorted(rows + self._free_rows) == list(range(self._max_num_seqs)), "rows leak"
         not_running = (r for r in self.requests.values() if r.status is not RequestStatus.RUNNING)
-        self._door.check_queued(not_running)
+        self.door.check_queued(not_running)
 
     def _leave_running(self, request: Request) -> None:
+        self.num_left += 1
         place = bisect_left(self.running, self.order(request), key=self.order)
         assert self.running.pop(place) is request, f"{request.request_id} isn't running"
         if request.row is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..cache.manager import CacheManager, Match
+from ..cache.manager import CacheManager
 from ..config import ScheduleConfig
 from ..errors import NSAServeError
 from ..request import (
@@ -24,7 +24,9 @@ from ..request import (
     TokenTrace,
 )
 from ..stats import EngineStats, StatsSnapshot
+from .batcher import Batcher
 from .draft import Draft
+from .forecast import OutputLengths
 from .plan import PromptLogprobs, SampledToken, ScheduledChunk, StepPlan, StepResult
 from .roster import Roster
 
@@ -46,6 +48,8 @@ class StepUpdate(msgspec.Struct, frozen=True):
 class _Launched:
     plan: StepPlan
     requests: list[Request]  # of the chunks; ids may have been given anew since
+    is_whole: bool  # a long prompt has the step for itself
+    since: float
 
 
 class Scheduler:
@@ -53,6 +57,7 @@ class Scheduler:
 
     ``depth`` is how many steps may be launched and not yet applied when ``schedule`` is called.
     A request's blocks are given back only after the last launched step that uses them.
+    ``lengths`` says how much requests are expected to grow; by default it is learned.
     """
 
     def __init__(
@@ -64,17 +69,19 @@ class Scheduler:
         token_budget: int,
         eos_token_ids: frozenset[int],
         depth: int = 0,
+        lengths: OutputLengths | None = None,
     ) -> None:
         assert token_budget > 0, f"a step needs a token, got a budget of {token_budget}"
         self.stats = EngineStats()
         self._cache = cache
-        self._token_budget = token_budget
         self._eos_token_ids = eos_token_ids
         self._depth = depth
-        self._roster = Roster(config, cache, max_model_len, self.stats)
+        lengths = OutputLengths() if lengths is None else lengths
+        self._roster = Roster(config, cache, max_model_len, self.stats, lengths)
+        self._batcher = Batcher(self._roster, cache, token_budget)
         self._launched: deque[_Launched] = deque()
         self._next_step = 0
-        self._blocked: tuple[int, int] | None = None  # first in the queue, and room it didn't fit
+        self._last_applied = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -119,6 +126,10 @@ class Scheduler:
         request.mask, request.mask_position = mask, request.num_tokens
         self._roster.unhold(request)
 
+    def overdue(self, now: float) -> list[Request]:
+        """Requests whose time-out has passed, each returned once: ``finish`` them."""
+        return self._roster.overdue(now)
+
     def reset_prefix_cache(self) -> None:
         """Forget all shared content. Requests that run go on, but publish nothing more."""
         self._roster.queue.wake(self._cache.reset())
@@ -126,11 +137,11 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None if nothing can run before the launched step is applied."""
         assert len(self._launched) <= self._depth, "apply a step before scheduling another"
-        draft = Draft(self._next_step, self._token_budget)
-        prefills = self._place_decodes(draft, now)
-        self._place_prefills(draft, prefills, now)
+        if self._launched and self._launched[-1].is_whole:
+            return None  # who comes while it runs must get into the next one
+        draft = self._batcher.fill(self._next_step, now)
         if draft.chunks:
-            return self._launch(draft)
+            return self._launch(draft, now)
         assert self._launched or not self._roster.requests or self._roster.awaits_mask, (
             "requests wait, but none can ever run"
         )
@@ -152,6 +163,7 @@ class Scheduler:
                 updates.append(update)
         assert next(tokens, None) is None, "more tokens came than chunks sample"
         self._roster.release(plan.step_id)
+        self._measure(launched, now)
         return updates
 
     def undo(self, step_id: int) -> None:
@@ -165,14 +177,18 @@ class Scheduler:
         for chunk, request in zip(launched.plan.chunks, launched.requests, strict=True):
             request.num_in_flight -= chunk.samples
             if request.status is RequestStatus.RUNNING:
-                self._roster.preempt(request)
+                self._roster.preempt(request, request.num_computed)
         self._roster.release(step_id)
 
     def snapshot(self) -> StatsSnapshot:
         """All counters and gauges at this moment."""
+        door = self._roster.door
         return self.stats.snapshot(
             num_running=self.num_running,
             num_waiting=self.num_waiting,
+            num_queued_tokens=door.queued_tokens,
+            prefill_tokens_per_s=door.speed.tokens_per_s or 0.0,
+            retry_after=door.retry_after(),
             num_blocks=self._cache.num_blocks,
             num_blocks_in_use=self._cache.num_in_use,
             num_blocks_cached=self._cache.num_cached,
@@ -194,137 +210,16 @@ class Scheduler:
             )
             assert request.num_in_flight == in_flight, f"{request.request_id}: tokens in flight"
 
-    def _place_decodes(self, draft: Draft, now: float) -> list[Request]:
-        """One token for each request that lacks one. Returns those that lack more."""
-        prefills = []
-        for request in tuple(self._roster.running):
-            if request.status is not RequestStatus.RUNNING:  # preempted a moment ago
-                continue
-            num_tokens = request.num_tokens
-            if num_tokens - request.num_computed > 1:
-                prefills.append(request)
-            elif num_tokens < request.limit and draft.left and not request.awaits_mask:
-                self._place(draft, request, 1, now)
-        return prefills
+    def _measure(self, launched: _Launched, now: float) -> None:
+        """Prompt tokens a second: of steps that compute some, and of all while somebody waits."""
+        seconds = now - max(launched.since, self._last_applied)
+        self._last_applied = now
+        chunks = zip(launched.plan.chunks, launched.requests, strict=True)
+        num_tokens = sum(chunk.num_tokens for chunk, r in chunks if chunk.start < r.num_prompt)
+        if num_tokens or self.num_waiting:
+            self._roster.door.speed.count(num_tokens, seconds)
 
-    def _place_prefills(self, draft: Draft, prefills: list[Request], now: float) -> None:
-        """Hand out what the decodes left.
-
-        While a prompt longer than half a step is being computed, short ones get at most half of
-        it: neither waits for all of the other. Among the long ones the first goes first.
-        """
-        draft.share = draft.left // 2
-        longs = [request for request in prefills if self._is_long(request)]
-        for request in prefills:
-            if not self._is_long(request):
-                self._place_some(draft, request, draft.spare(longs), now)
-        if not draft.starved:
-            self._admit(draft, prefills, longs, now)
-        for request in sorted(longs, key=self._roster.order):
-            self._place_some(draft, request, draft.left, now)
-
-    def _is_long(self, request: Request) -> bool:
-        return 2 * (request.num_tokens - request.num_computed) > self._token_budget
-
-    def _place_some(self, draft: Draft, request: Request, budget: int, now: float) -> None:
-        # The last token is left for a step that may sample behind it.
-        lacking = request.num_tokens - request.num_computed - request.awaits_mask
-        num_tokens = min(budget, lacking)
-        if num_tokens > 0 and request.status is RequestStatus.RUNNING:
-            self._place(draft, request, num_tokens, now)
-
-    def _place(self, draft: Draft, request: Request, num_tokens: int, now: float) -> None:
-        """Put a request's next tokens into the step, if blocks for them can be had."""
-        new_block_ids = self._extend(draft, request, request.num_computed + num_tokens)
-        if new_block_ids is None:
-            draft.starved = True
-            return
-        if request.row is None:
-            held = self._cache.block_ids(request)
-            hits = held[: len(held) - len(new_block_ids)]
-            draft.start_row(request, self._roster.take_row(request, now), hits)
-        draft.place(request, num_tokens, new_block_ids)
-
-    def _extend(self, draft: Draft, request: Request, num_tokens: int) -> list[int] | None:
-        """Blocks for the first ``num_tokens`` tokens, from newer requests if need be.
-
-        None: not now. Blocks on their way back are waited for before more are taken away.
-        """
-        while (new_block_ids := self._cache.extend(request, num_tokens)) is None:
-            if self._roster.retiring or not self._preempt_newer(draft, request):
-                return None
-        return new_block_ids
-
-    def _preempt_newer(self, draft: Draft, request: Request) -> bool:
-        """Preempt the newest request, unless all that are newer than this one are in the step.
-
-        So the oldest always gets its blocks in the end, and alone it fits: it was accepted.
-        """
-        for victim in reversed(self._roster.running):
-            if victim is request:
-                return False
-            if victim.last_step != draft.step_id:
-                self._roster.preempt(victim)
-                draft.starved = True
-                return True
-        return False
-
-    def _admit(
-        self, draft: Draft, prefills: list[Request], longs: list[Request], now: float
-    ) -> None:
-        """Let requests run whose tokens all find room beside what the running ones still need."""
-        if self._roster.queue.peek() is None:
-            return
-        promised = sum(self._num_outstanding(request) for request in prefills)
-        while (
-            (request := self._roster.queue.peek()) is not None
-            and not self._roster.is_full
-            and draft.spare(longs) > 0
-        ):
-            # A spare page for each running request: decodes grow, and preemption costs more.
-            room = self._cache.num_usable - promised - len(self._roster.running)
-            if self._is_blocked(request, room):
-                return
-            match = self._cache.match(request)
-            if self._park(request, match):
-                continue
-            if self._cache.num_pages(request.num_tokens) - len(match.block_ids) > (
-                room - match.num_idle
-            ):
-                self._blocked = request.index, room
-                return
-            self._roster.start(match)
-            if self._is_long(request):
-                longs.append(request)
-            else:
-                self._place_some(draft, request, draft.spare(longs), now)
-            promised += self._num_outstanding(request)
-
-    def _num_outstanding(self, request: Request) -> int:
-        return self._cache.num_pages(request.num_tokens) - self._cache.num_held(request)
-
-    def _is_blocked(self, request: Request, room: int) -> bool:
-        """Whether the first in the queue has been tried in vain with as much room.
-
-        Spares walking a long prompt's pages each step.
-        """
-        if not self._roster.running or self._blocked is None:
-            return False
-        index, tried = self._blocked
-        return index == request.index and room <= tried
-
-    def _park(self, request: Request, match: Match) -> bool:
-        """Let a request wait while one before it computes a page that both need."""
-        awaited = self._cache.awaited(request, match)
-        if awaited is None:
-            return False
-        digest, leader = awaited
-        if self._roster.order(leader) > self._roster.order(request):
-            return False
-        self._roster.queue.park(digest)
-        return True
-
-    def _launch(self, draft: Draft) -> StepPlan:
+    def _launch(self, draft: Draft, now: float) -> StepPlan:
         plan = StepPlan(
             draft.step_id,
             self._roster.take_freed_rows(),
@@ -333,8 +228,8 @@ class Scheduler:
             self._cache.take_update(),
         )
         self._next_step += 1
-        self._launched.append(_Launched(plan, draft.requests))
-        self.stats.count_step(self._token_budget - draft.left)
+        self._launched.append(_Launched(plan, draft.requests, draft.is_whole, now))
+        self.stats.count_step(draft.budget - draft.left)
         return plan
 
     def _apply_chunk(
