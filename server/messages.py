@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import from_json
 
 from .body import Strict
 from .errors import bounded
@@ -79,8 +79,9 @@ class ToolCall(Strict):
 def arguments_of(text: str) -> Any:
     """The object that a call's arguments are, or their text where they are none."""
     try:
-        parsed = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        # Bounded in depth, so that templates can write it again.
+        parsed = from_json(text or "{}")
+    except ValueError:
         return text
     return parsed if isinstance(parsed, dict) else text
 

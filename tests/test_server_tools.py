@@ -329,6 +329,16 @@ def test_calls_and_results_come_back_to_the_template_as_it_knows_them():
     assert turns[3]["content"] == "noon"
 
 
+@pytest.mark.parametrize("template", [None, "{% for t in tools %}{% endfor %}"])
+@pytest.mark.parametrize("depth", [150, 250, 990, 50_000])
+def test_arguments_of_any_depth_harm_nobody(template, depth):
+    deep = called("c", "f", '{"a":' * depth + "1" + "}" * depth)
+    messages = [*HISTORY[:1], {"role": "assistant", "tool_calls": [deep]}]
+    response, _, turns = serve(lambda s: s.chat(messages=messages), template=template)
+    assert response.status_code in (200, 400)
+    json.dumps(turns)
+
+
 def test_calls_and_results_are_told_in_words_where_the_template_knows_none():
     response, _, turns = serve(lambda s: s.chat(messages=HISTORY), template=None)
     assert response.status_code == 200
