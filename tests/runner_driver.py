@@ -78,6 +78,7 @@ class Driver:
         self._started: list[RowStart] = []
         self._freed: list[int] = []
         self._step = 0
+        self.masks: dict[int, bytes] = {}  # by row: the tokens that its next sample may be
 
     def add(
         self, row, prompt, sampling=GREEDY, *, seed=0, output=(), hits=(), computed=None
@@ -141,7 +142,8 @@ class Driver:
         samples = last == total
         known = row.tokens[first:last]
         row.in_flight += samples
-        return ScheduledChunk(at, f"r{at}", first, count, known, new, samples)
+        mask = self.masks.get(at) if samples else None
+        return ScheduledChunk(at, f"r{at}", first, count, known, new, samples, mask)
 
 
 def build_driver(

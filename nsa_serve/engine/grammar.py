@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ from llguidance.gbnf_to_lark import any_to_lark
 from ..errors import InvalidParameter
 from ..request import GrammarKind, GrammarSpec
 from ..tokenizer import Tokenizer
+from .regex_size import expanded_size
 
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_SCHEMA_DEPTH = 64  # levels of JSON, of which a nested object takes two
+MAX_PATTERN_SIZE = 250_000  # characters, repetitions written out; literals of more take seconds
 MAX_COMPILED = 64  # grammars kept for the next request that asks for the same
 # Of the compiling thread, so that a busy machine refuses nothing. A grammar that takes longer
 # holds hundreds of megabytes, and its masks come as slowly.
@@ -28,6 +31,7 @@ MAX_MESSAGE_CHARS = 400
 
 # Models that have lost their way write white space for ever, which JSON allows.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}"}
+_LARK_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 # Building automata of large patterns ahead takes seconds; as they are needed takes milliseconds.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
@@ -135,9 +139,9 @@ def _grammar(spec: GrammarSpec) -> str:
     """The grammar in the library's own form. Raises ``GrammarFailed``."""
     match spec.kind:
         case GrammarKind.JSON:
-            _check_schema(spec.text)
-            return LLMatcher.grammar_from_json_schema(spec.text, defaults=_JSON_OPTIONS)
+            return _schema(spec.text)
         case GrammarKind.REGEX:
+            _check_sizes([spec.text])
             # As in JSON schemas and in Python's re.ASCII: a \d is no digit of another script.
             return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(spec.text, 'dws')}/")
         case GrammarKind.CHOICE:
@@ -146,10 +150,40 @@ def _grammar(spec: GrammarSpec) -> str:
             return LLMatcher.grammar_from_lark(_lark(spec.text))
 
 
-def _check_schema(text: str) -> None:
-    level = [_json(text)]
-    if not isinstance(level[0], dict | bool):
-        raise GrammarFailed("a JSON schema is an object, true or false")
+def _schema(text: str) -> str:
+    schema = _json(text)
+    if not isinstance(schema, dict):
+        raise GrammarFailed("a JSON schema must be an object")
+    _check_depth(schema)
+    _check_sizes(_patterns(schema))
+    try:
+        return LLMatcher.grammar_from_json_schema(text, defaults=_JSON_OPTIONS)
+    except ValueError as error:  # options in the schema that mean nothing to the library
+        raise GrammarFailed(one_line(str(error))) from None
+
+
+def _check_sizes(patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        size = expanded_size(pattern)
+        if size > MAX_PATTERN_SIZE:
+            raise GrammarFailed(
+                f"a pattern with its repetitions written out has {size} characters; "
+                f"at most {MAX_PATTERN_SIZE}"
+            )
+
+
+def _patterns(node: object) -> Iterator[str]:
+    """Every regular expression of a schema."""
+    if isinstance(node, dict):
+        if isinstance(node.get("pattern"), str):
+            yield node["pattern"]
+        yield from node.get("patternProperties", ())
+    for child in _children(node):
+        yield from _patterns(child)
+
+
+def _check_depth(schema: object) -> None:
+    level = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
         level = [child for node in level for child in _children(node)]
         if not level:
@@ -174,6 +208,7 @@ def _choice(text: str) -> str:
 
 def _lark(text: str) -> str:
     """Lark as it is; GBNF, which alone defines by ``::=``, translated."""
+    _check_sizes(part[1:-1] for part in _LARK_QUOTED.findall(text) if part.startswith("/"))
     if "::=" not in text:
         return text
     try:
