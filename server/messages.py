@@ -112,10 +112,12 @@ class Message(Strict):
 
     def for_template(self) -> dict[str, Any]:
         """The message as templates know it: "developer" is OpenAI's newer word for "system"."""
+        thought = self.reasoning_content or self.reasoning
         given = {
             "name": self.name,
             "tool_call_id": self.tool_call_id,
-            "reasoning_content": self.reasoning_content or self.reasoning,
+            "reasoning_content": thought,
+            "reasoning": thought,
             "tool_calls": [call.for_template() for call in self.tool_calls or ()],
         }
         role = "system" if self.role == "developer" else self.role

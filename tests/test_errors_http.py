@@ -420,13 +420,39 @@ NAMES = [
     *("top_k", "min_p", "seed", "stop", "stop_token_ids", "max_tokens", "max_completion_tokens"),
     *("min_tokens", "logprobs", "top_logprobs", "echo", "prompt_logprobs", "logit_bias"),
     *("priority", "tools", "response_format", "best_of", "user", "chat_template_kwargs"),
-    *("add_special_tokens", "tokens", "return_token_strs"),
+    *("add_special_tokens", "tokens", "return_token_strs", "bad_words", "tool_choice"),
+    *("parallel_tool_calls", "input", "instructions", "text", "store", "include", "reasoning"),
+    *("metadata", "max_output_tokens", "truncation", "previous_response_id"),
+]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}
+TALKS = [
+    HI,
+    [{"role": "assistant", "tool_calls": [CALLED]}, {"role": "tool", "content": "x"}],
+    [{"role": "assistant", "content": "x", "reasoning": "y"}, *HI],
+]
+INPUTS = [
+    "hi",
+    [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}],
+    [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}],
+    [{"type": "function_call_output", "call_id": "c", "output": "x"}, {"type": "reasoning"}],
 ]
 FIELDS = st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4)
 VALID = st.fixed_dictionaries(
     {},
     optional={
-        "messages": st.just(HI),
+        "messages": st.sampled_from(TALKS),
+        "input": st.sampled_from(INPUTS),
+        "tools": st.sampled_from([[TOOL], [{"type": "function", "name": "f"}], []]),
+        "tool_choice": st.sampled_from(
+            [
+                "none",
+                "auto",
+                "required",
+                {"type": "function", "name": "f"},
+                {"type": "function", "function": {"name": "f"}},
+            ]
+        ),
         "prompt": st.sampled_from(["a", ["a", "b"], [1, 2], [[1], [2]]]),
         "tokens": st.just([1, 2]),
         "stream": st.booleans(),
@@ -436,9 +462,9 @@ VALID = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from([CHAT, COMPLETIONS, "/tokenize", "/detokenize"]),
+    st.sampled_from([CHAT, COMPLETIONS, "/v1/responses", "/tokenize", "/detokenize"]),
     VALID,
     FIELDS,
     st.none() | st.binary(max_size=40),
