@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -114,7 +114,10 @@ def next_token(past: Sequence[int], seed: int, mask: bytes | None) -> int:
 
 
 class GrammarBench:
-    """An engine over a ``MaskedRunner`` and a fake clock; checks its books after each step."""
+    """An engine over a ``MaskedRunner`` and a fake clock; checks its books after each step.
+
+    Whoever steps the engine itself gives the ``clock`` it steps by.
+    """
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class GrammarBench:
         num_blocks: int = 400,
         token_budget: int = 64,
         max_num_seqs: int = 8,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.tokenizer = byte_tokenizer()
         cache = CacheManager(num_blocks, 4)
@@ -144,7 +148,7 @@ class GrammarBench:
             self.tokenizer,
             vocab_size=VOCAB,
             depth=depth,
-            clock=self.clock,
+            clock=clock or self.clock,
             followers=self.followers,
         )
         self.outputs: dict[str, list[RequestOutput]] = {}
