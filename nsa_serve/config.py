@@ -59,6 +59,7 @@ class CacheConfig:
     enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None  # None: a share of the free memory
     gpu_memory_utilization: float = 0.9
+    kv_host_memory_bytes: int = 0  # pages that the device lacks room for; 0: no host tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,8 @@ class EngineConfig:
         _need(0 < share <= 1, f"--gpu-memory-utilization must be in (0, 1], not {share}")
         kv = self.cache.kv_cache_memory_bytes
         _need(kv is None or kv > 0, f"--kv-cache-memory-bytes must be positive, not {kv}")
+        host = self.cache.kv_host_memory_bytes
+        _need(host >= 0, f"--kv-host-memory-bytes must not be negative, not {host}")
         rate = self.source.mock_token_rate
         _need(rate is None or 0 < rate <= 1e6, f"--mock-engine must be tokens/s, not {rate}")
         length = self.source.max_model_len

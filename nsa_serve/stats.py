@@ -13,6 +13,21 @@ from .request import FinishReason
 ITERATION_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
+class TierReport(msgspec.Struct, frozen=True):
+    """What the host tier has done since the engine started."""
+
+    lookups: int = 0  # selected pieces that lay in host memory
+    hits: int = 0  # of them found among the hot blocks
+    fetched_bytes: int = 0  # of the others, brought into hot slots; the rest is read in place
+    out_bytes: int = 0  # of whole pages
+    out_transfers: int = 0
+    out_seconds: float = 0.0
+    in_bytes: int = 0
+    in_transfers: int = 0
+    in_seconds: float = 0.0
+    stall_seconds: float = 0.0  # computation waited for copies of whole pages
+
+
 class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All counters at one moment. Counts only grow over an engine's life; gauges say so."""
 
@@ -38,6 +53,7 @@ class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_finished: dict[str, int]  # by finish reason
     iteration_buckets: list[int]  # steps by tokens computed: bounds of ITERATION_BUCKETS, then more
     iteration_tokens: int  # tokens computed in all steps
+    tier: TierReport | None = None  # None: there is no host tier
 
     @property
     def cache_usage(self) -> float:
@@ -70,6 +86,7 @@ class EngineStats:
     num_finished: Counter[FinishReason] = field(default_factory=Counter)
     iteration_buckets: list[int] = field(default_factory=lambda: [0] * (len(ITERATION_BUCKETS) + 1))
     iteration_tokens: int = 0
+    tier: TierReport | None = None
 
     def count_step(self, num_tokens: int) -> None:
         self.num_steps += 1
@@ -121,4 +138,5 @@ class EngineStats:
             num_finished={reason.value: self.num_finished[reason] for reason in FinishReason},
             iteration_buckets=list(self.iteration_buckets),
             iteration_tokens=self.iteration_tokens,
+            tier=self.tier,
         )

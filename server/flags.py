@@ -183,6 +183,14 @@ class EngineFlags:
         str | None,
         _flag(_MEMORY, "--kv-cache-memory-bytes", help="Size of the cache, such as 2GiB."),
     ] = None
+    kv_host_memory_bytes: Annotated[
+        str,
+        _flag(
+            _MEMORY,
+            "--kv-host-memory-bytes",
+            help="Host memory for pages that the cache has no room for, such as 64GiB.",
+        ),
+    ] = "0"
     kv_cache_dtype: Annotated[
         str, _flag(_MEMORY, "--kv-cache-dtype", help="auto: the model's type.")
     ] = "auto"
@@ -236,6 +244,7 @@ class EngineFlags:
             random_weights=self.load_format == "dummy",
             mock_token_rate=self.mock_engine,
             kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
+            kv_host_memory_bytes=parse_bytes(self.kv_host_memory_bytes),
             enable_prefix_caching=self.prefix_caching,
         )
 

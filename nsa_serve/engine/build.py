@@ -16,6 +16,7 @@ from .followers import Followers
 from .grammar import GrammarCompiler
 from .messages import EngineDescription
 from .mock import MockWorker
+from .tiers import near_pages, residence_sizes
 
 OnProgress = Callable[[int, int], None]  # (bytes of weights read, bytes in all)
 W = TypeVar("W", Worker, MockWorker)
@@ -73,6 +74,8 @@ def _join(
         worker.num_blocks,
         worker.page,
         enable_prefix_caching=config.cache.enable_prefix_caching,
+        tiers=residence_sizes(worker.tiers),
+        near=near_pages(worker.tiers),
     )
     # On a GPU a launch only queues, so the next step is planned while this one runs.
     depth = 1 if worker.device.type == "cuda" else 0

@@ -78,6 +78,11 @@ class DevicePool:
         slots = self.slot_table[block_table.clamp(min=0)]
         return torch.where(block_table >= 0, slots, -1)
 
+    def scatter(self) -> None:
+        """No block has a slot until ``slot_table`` says so."""
+        self.moves = True
+        self.slot_table.fill_(-1)
+
     def poison(self) -> None:
         """Fill everything with NaN, so that a read of what nobody wrote shows."""
         self._raw.fill_(torch.nan)

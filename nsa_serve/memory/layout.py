@@ -102,6 +102,7 @@ class KVLayout:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of ``count`` pieces of ``length`` tokens or entries, ``stride`` values apart."""
         dk, dv = self.head_dim_k, self.head_dim_v
+        offset += int(flat.storage_offset())
         head = length * (dk + dv)
         shape = (count, self.num_kv_heads, length)
         k = flat.as_strided((*shape, dk), (stride, head, dk, 1), offset)

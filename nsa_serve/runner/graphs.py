@@ -36,7 +36,8 @@ class GraphSet:
         self._forward = forward
         self._buffers = buffers
         self.sizes = padded_sizes(buffers.max_rows)
-        self._captured: dict[int, CapturedStep] = {}
+        # Steps without a page in host memory have graphs of their own, without the tier's kernels.
+        self._captured: dict[tuple[int, bool], CapturedStep] = {}
         self._pool: Any = None  # torch's handle of the shared pool
 
     def size_for(self, num_rows: int) -> int | None:
@@ -45,10 +46,10 @@ class GraphSet:
 
     def run(self, fields: Tensors, shape: StepShape) -> torch.Tensor:
         """Logits [b, V] of a staged step of b padded rows; valid until the next run."""
-        size = shape.sizes.rows
-        step = self._captured.get(size)
+        key = shape.sizes.rows, shape.spilled
+        step = self._captured.get(key)
         if step is None:
-            step = self._captured[size] = self._capture(fields, shape)
+            step = self._captured[key] = self._capture(fields, shape)
         step.graph.replay()
         return step.logits
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..kernels.shapes import StepBatch
 from ..memory.device_pool import DevicePool
+from ..memory.tier import HostTier
 from ..models.step import StepInputs
 from ..schedule.plan import ScheduledChunk, StepPlan
 from .staging import Arrays, Staging, StepSizes, Tensors, to_device
@@ -35,6 +36,7 @@ class StepShape:
     max_context_len: int
     row_lens: tuple[tuple[int, int], ...]  # (tokens, context) of each row that is not padding
     from_device: bool  # some token is known to the device alone
+    spilled: bool = False  # some page may lie in host memory
 
 
 class StepBuffers:
@@ -52,8 +54,10 @@ class StepBuffers:
         max_model_len: int,
         mask_words: int = 0,
         uniform: bool = False,
+        tier: HostTier | None = None,
     ) -> None:
         self.pool = pool
+        self.tier = tier
         self.uniform = uniform
         self.max_rows = max_rows
         self.max_model_len = max_model_len
@@ -154,9 +158,10 @@ class StepBuffers:
             row_lens=None if whole_table else shape.row_lens,
             uniform=self.uniform,
         )
-        return StepInputs(
+        inputs = StepInputs(
             token_ids, batch, self.pool.kv, self.pool.compressed, fields["logits_index"]
         )
+        return self.tier.serve(inputs) if self.tier and shape.spilled else inputs
 
 
 def _token_ids(chunks: Sequence[ScheduledChunk]) -> tuple[list[int], bool]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..memory.device_pool import DevicePool
+from ..memory.tier import HostTier
 from ..models.step import StepInputs
 from ..request import TokenTrace
 from ..schedule.plan import SampledToken, ScheduledChunk, StepPlan, StepResult
@@ -18,7 +19,7 @@ from .graphs import GraphSet
 from .inputs import StepBuffers, StepShape
 from .prompt_logprobs import PromptRows, PromptSpan, prompt_entries
 from .sampler import LogprobTensors, Sampled, Sampler
-from .staging import StepSizes, Tensors, record_event, to_device
+from .staging import StepSizes, Tensors, record_event, to_device, to_host
 from .trace import StepTrace, TraceRows
 
 # Logits of so many prompt tokens exist at a time: a chunk's would be gigabytes.
@@ -46,6 +47,8 @@ class PendingStep:
     prompt_logprobs: LogprobTensors | None
     trace: StepTrace | None
     done: torch.cuda.Event | None
+    tier: HostTier | None = None
+    tier_counts: torch.Tensor | None = None  # [3] int64
 
     def result(self) -> StepResult:
         """What came of the step, after waiting for it alone."""
@@ -53,7 +56,10 @@ class PendingStep:
             self.done.synchronize()
         tokens = [] if self.sampled is None else _tokens(self.plan, self.sampled, self.trace)
         prompts = prompt_entries(self.spans, self.prompt_logprobs)
-        return StepResult(self.plan.step_id, tokens, prompts)
+        report = None
+        if self.tier is not None and self.tier_counts is not None:
+            report = self.tier.report(self.tier_counts)
+        return StepResult(self.plan.step_id, tokens, prompts, report)
 
 
 def _tokens(plan: StepPlan, sampled: Sampled, trace: StepTrace | None) -> list[SampledToken]:
@@ -91,9 +97,11 @@ class ModelRunner:
         max_model_len: int,
         use_graphs: bool,
         uniform: bool = False,
+        tier: HostTier | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
+        self.tier = tier
         self.buffers = StepBuffers(
             pool,
             max_rows=max_rows,
@@ -101,6 +109,7 @@ class ModelRunner:
             max_model_len=max_model_len,
             mask_words=-(-vocab_size // 32),
             uniform=uniform,
+            tier=tier,
         )
         self.sampler = Sampler(
             vocab_size, max_rows=max_rows, eos_token_ids=eos_token_ids, device=pool.device
@@ -112,7 +121,8 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Queue a step on the device; on the CPU, run it."""
-        assert plan.residence is None, "this runner has no host tier to move blocks to"
+        if self.tier is not None and plan.residence is not None:
+            self.tier.apply(plan.residence)
         self._change_rows(plan)
         if not plan.chunks:
             return PendingStep(plan, None, [], None, None, None)
@@ -121,6 +131,8 @@ class ModelRunner:
         trace = self.traces.begin(plan.chunks)
         size = None if trace else self._graph_size(plan.chunks, samples, spans)
         fields, shape = self._stage(plan.chunks, samples, spans, size)
+        if plan.residence is not None:
+            shape = replace(shape, spilled=plan.residence.spilled)
         if self.graphs is not None and size is not None:
             logits, prompt_hidden = self.graphs.run(fields, shape), None
         else:
@@ -130,8 +142,9 @@ class ModelRunner:
             at_samples = logits[: len(samples)]
             sampled = self.sampler.sample(at_samples, fields, samples, self.buffers.last_tokens)
         logprobs = self._prompt_logprobs(prompt_hidden, spans)
+        counts = None if self.tier is None else to_host(self.tier.counts)
         done = record_event() if self.pool.device.type == "cuda" else None
-        return PendingStep(plan, sampled, spans, logprobs, trace, done)
+        return PendingStep(plan, sampled, spans, logprobs, trace, done, self.tier, counts)
 
     def _change_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:

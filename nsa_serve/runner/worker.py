@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..memory.device_pool import DevicePool
+from ..memory.host_pool import HostPool, PinnedMemory
 from ..memory.layout import KVLayout
+from ..memory.tier import HostTier
 from ..models.checkpoint import Checkpoint, resolve
 from ..models.config import ModelConfig, with_attention, with_context
 from ..models.decoder import Decoder
@@ -21,6 +24,7 @@ from ..schedule.plan import StepPlan
 from .budget import CacheSize, check_weights, default_cpu_cache, free_bytes, shown, size_cache
 from .model_runner import ModelRunner, PendingStep
 from .profile import measure_peak
+from .tier_sizes import TierSize, size_tiers
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +54,14 @@ class Worker:
         self._free_at_start = free_bytes(self.device)
         self.num_weight_bytes = num_weight_bytes(self.model_config, self.dtype)
         self._check_fit()
+        self._pinned = self._reserve_host()
         self.model = self._load(progress)
+        self.tiers: TierSize | None = None
         size = self._size_cache()
         self.max_model_len, self.num_blocks = size.max_model_len, size.num_blocks
-        self.pool = DevicePool(self.layout, self.num_blocks, self.num_blocks, self.device)
+        self.pool, tier = self._build_pools()
         self.num_cache_bytes = self.pool.num_bytes
-        self._runner = self._build_runner(self.pool, self.max_model_len)
+        self._runner = self._build_runner(self.pool, self.max_model_len, tier=tier)
 
     @property
     def page(self) -> int:
@@ -87,10 +93,13 @@ class Worker:
 
     def describe(self) -> str:
         """One line: device, type, bytes of the weights, size of the cache."""
+        cache = shown(self.num_cache_bytes)
+        if self.tiers is not None:
+            host = self.tiers.num_host * self.layout.bytes_per_slot
+            cache = f"{cache} and {shown(host)} of the host's memory"
         return (
             f"{self.dtype_name} on {self.device_name}, weights {shown(self.num_weight_bytes)}, "
-            f"cache {self.num_cache_tokens:,} tokens ({shown(self.num_cache_bytes)}), "
-            f"context {self.max_model_len:,}"
+            f"cache {self.num_cache_tokens:,} tokens ({cache}), context {self.max_model_len:,}"
         )
 
     @property
@@ -112,6 +121,40 @@ class Worker:
                 f"({shown(asked)}) exceed the free memory of {shown(free)}: lower that flag"
             )
 
+    def _reserve_host(self) -> PinnedMemory | None:
+        """Check what ``--kv-host-memory-bytes`` asks for, and begin to page-lock it for a GPU."""
+        asked = self.config.cache.kv_host_memory_bytes
+        if not asked:
+            return None
+        if self.model_config.nsa is None:
+            raise ConfigError(
+                "--kv-host-memory-bytes needs Native Sparse Attention: dense attention reads the "
+                "whole cache for every token; use --attention nsa, or leave the flag out"
+            )
+        free = free_bytes(torch.device("cpu"))
+        if asked >= free:
+            raise ConfigError(
+                f"--kv-host-memory-bytes {asked} ({shown(asked)}) exceeds the host's free memory "
+                f"of {shown(free)}: lower that flag"
+            )
+        return PinnedMemory(asked) if self.device.type == "cuda" else None
+
+    def _build_pools(self) -> tuple[DevicePool, HostTier | None]:
+        tiers = self.tiers
+        if tiers is None:
+            return DevicePool(self.layout, self.num_blocks, self.num_blocks, self.device), None
+        # A CPU reads both tiers through one address range; a GPU reads the host's in place.
+        behind = 0 if self._pinned else tiers.num_host
+        pool = DevicePool(
+            self.layout, tiers.num_slots, self.num_blocks, self.device, num_host=behind
+        )
+        raw = pool.behind
+        if self._pinned is not None:
+            num_bytes = tiers.num_host * self.layout.bytes_per_slot
+            raw = self._pinned.wait()[:num_bytes].view(self.dtype)
+        host = HostPool(self.layout, raw)
+        return pool, HostTier(pool, host, slab=tiers.slab, num_hot=tiers.num_hot)
+
     def _load(self, progress: Progress | None) -> Decoder:
         source = self.config.source
         return load_decoder(
@@ -128,6 +171,7 @@ class Worker:
         length = self.model_config.max_position
         on_cuda = self.device.type == "cuda"
         num_bytes = self._measured_cache_bytes(length) if on_cuda else self._cpu_cache_bytes()
+        num_bytes = self._size_tiers(num_bytes)
         size = size_cache(
             num_bytes,
             self.layout,
@@ -143,7 +187,23 @@ class Worker:
                 length,
                 shown(num_bytes),
             )
-        return size
+        return replace(size, num_blocks=self.tiers.num_blocks) if self.tiers else size
+
+    def _size_tiers(self, num_bytes: int) -> int:
+        """Bytes of a cache as long as both tiers together; ``num_bytes`` if there is but one."""
+        asked = self.config.cache.kv_host_memory_bytes
+        nsa = self.model_config.nsa
+        if not asked or nsa is None:
+            return num_bytes
+        self.tiers = size_tiers(
+            num_bytes,
+            self._pinned.wait().numel() if self._pinned else asked,
+            self.layout,
+            nsa.shape,
+            max_num_seqs=self.config.schedule.max_num_seqs,
+            token_budget=self.token_budget,
+        )
+        return self.tiers.num_blocks * self.layout.bytes_per_block
 
     def _cpu_cache_bytes(self) -> int:
         asked = self.config.cache.kv_cache_memory_bytes
@@ -173,7 +233,12 @@ class Worker:
         return asked
 
     def _build_runner(
-        self, pool: DevicePool, max_model_len: int, *, use_graphs: bool = True
+        self,
+        pool: DevicePool,
+        max_model_len: int,
+        *,
+        use_graphs: bool = True,
+        tier: HostTier | None = None,
     ) -> ModelRunner:
         graph = self.config.graph
         # The kernels that treat all tokens alike gather whole contexts, for which a graph would
@@ -189,6 +254,7 @@ class Worker:
             max_model_len=max_model_len,
             use_graphs=use_graphs and not eager,
             uniform=graph.deterministic,
+            tier=tier,
         )
 
 

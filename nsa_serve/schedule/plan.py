@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from ..cache.residence import ResidenceUpdate
+from ..cache.residence import BlockMove as BlockMove
+from ..cache.residence import ResidenceUpdate as ResidenceUpdate
 from ..request import SamplingParams, TokenLogprob, TokenTrace
+from ..stats import TierReport as TierReport
 
 
 class RowStart(msgspec.Struct, frozen=True):
@@ -69,3 +71,4 @@ class StepResult(msgspec.Struct, frozen=True):
     step_id: int
     tokens: list[SampledToken]  # one for each chunk that samples, in the plan's order
     prompt_logprobs: list[PromptLogprobs] = []
+    tier: TierReport | None = None  # None: no host tier

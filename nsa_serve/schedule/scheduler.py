@@ -152,6 +152,7 @@ class Scheduler:
         launched = self._launched.popleft()
         plan = launched.plan
         assert plan.step_id == result.step_id, f"step {plan.step_id} is due, not {result.step_id}"
+        self.stats.tier = result.tier
         pieces = {piece.request_id: piece for piece in result.prompt_logprobs}
         tokens = iter(result.tokens)
         updates: list[StepUpdate] = []

@@ -1,0 +1,87 @@
+"""The host tier of one device's cache: its pages, the copies to and from it, the hot blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..kernels.dispatch import ops_for
+from ..models.step import StepInputs
+from ..schedule.plan import ResidenceUpdate, TierReport
+from .copy_lane import CopyLane, SameLane, SideLane
+from .device_pool import DevicePool
+from .host_pool import HostPool
+from .mover import BlockMover
+from .prefetch import SelectionPrefetcher
+
+
+class HostTier:
+    """Applies residence updates to a device pool and a host pool, and serves the pages of both.
+
+    ``slab`` is the number of pages of a merged copy; ``num_hot`` of the device pool's slots, its
+    last ones, hold hot blocks.
+    """
+
+    def __init__(
+        self,
+        pool: DevicePool,
+        host: HostPool,
+        *,
+        slab: int,
+        num_hot: int,
+        lane: CopyLane | None = None,
+    ) -> None:
+        self.pool = pool
+        self.host = host
+        self._lane = lane or (SideLane(pool.device) if pool.device.type == "cuda" else SameLane())
+        self._mover = BlockMover(pool, host, self._lane, slab=slab)
+        kv = [replace(near, host=far) for near, far in zip(pool.kv, host.kv, strict=True)]
+        self._prefetcher = SelectionPrefetcher(pool, kv, num_hot=num_hot, ops=ops_for(pool.device))
+        self._piece_bytes = pool.layout.bytes_per_slot // (
+            pool.layout.num_layers * pool.layout.num_kv_heads
+        )
+        pool.slot_table.fill_(-1)
+
+    def apply(self, update: ResidenceUpdate) -> None:
+        """Queue the copies of an update and change the slot table, before the step's kernels."""
+        self._mover.start(update)
+        if not update.slots:
+            return
+        packed = torch.from_numpy(np.array(update.slots, np.int64).T.copy())
+        if self.pool.device.type == "cuda":
+            packed = packed.pin_memory().to(self.pool.device, non_blocking=True)
+        block_ids, slots = packed
+        self.pool.slot_table.index_copy_(0, block_ids, slots.int())
+        self._prefetcher.forget(block_ids)
+
+    def serve(self, inputs: StepInputs) -> StepInputs:
+        """``inputs`` of a step whose pages may lie in host memory."""
+        self._prefetcher.begin()
+        resident = partial(self._prefetcher.ensure_resident, inputs.batch)
+        return replace(inputs, kv=self._prefetcher.kv, resident=resident)
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Look-ups of host pages, hits, pieces fetched [3] int64, on the device."""
+        return self._prefetcher.counts
+
+    def report(self, counts: torch.Tensor) -> TierReport:
+        """All that was counted, ``counts`` [3] on the host among it."""
+        lookups, hits, fetched = counts.tolist()
+        inward, outward = self._mover.counts[True], self._mover.counts[False]
+        seconds = self._lane.seconds
+        return TierReport(
+            lookups=lookups,
+            hits=hits,
+            fetched_bytes=fetched * self._piece_bytes,
+            out_bytes=outward.num_bytes,
+            out_transfers=outward.num_transfers,
+            out_seconds=seconds[False],
+            in_bytes=inward.num_bytes,
+            in_transfers=inward.num_transfers,
+            in_seconds=seconds[True],
+            stall_seconds=self._lane.stall_seconds,
+        )

@@ -1,0 +1,154 @@
+"""The engine over a device tier of a few pages and a host tier, on a CPU: the same text."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from nsa_serve.config import EngineConfig
+from nsa_serve.engine.engine import Engine
+from nsa_serve.errors import ConfigError, PromptTooLong
+from nsa_serve.request import EngineRequest, SamplingParams
+from tests.checkpoints import TINY_LLAMA, TINY_NSA, nsa_config_json, write_checkpoint, write_config
+from tests.test_models_nsa import PHIS, gated
+
+BUDGET = 40
+DEVICE, HOST = 660_000, 2 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = nsa_config_json(gated(PHIS["mean"]), max_position_embeddings=1024)
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), config)
+
+
+def build(folder: Path, **flags: Any) -> Engine:
+    """An engine without a tokenizer over poisoned memory."""
+    settings = {
+        "model": str(folder), "random_weights": True, "device": "cpu", "max_num_seqs": 6,
+        "dtype": "float32", "max_num_batched_tokens": BUDGET, **flags,
+    }  # fmt: skip
+    engine = Engine.from_config(EngineConfig.from_flags(**settings))
+    runner: Any = engine._runner
+    runner.pool.poison()
+    if runner._runner.tier is not None:
+        runner._runner.tier.host.poison()
+    return engine
+
+
+def tiered(folder: Path, **flags: Any) -> Engine:
+    return build(folder, **{"kv_cache_memory_bytes": DEVICE, "kv_host_memory_bytes": HOST, **flags})
+
+
+def make_requests(count: int, seed: int) -> list[EngineRequest]:
+    """Prompts of mixed length, some of which begin alike."""
+    draw = random.Random(seed)
+    families = [[draw.randrange(96) for _ in range(400)] for _ in range(4)]
+    requests = []
+    for index in range(count):
+        prompt = draw.choice(families)[: draw.randrange(1, 400)]
+        prompt = prompt + [draw.randrange(96) for _ in range(draw.randrange(1, 90))]
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=draw.randrange(1, 40), ignore_eos=True
+        )
+        requests.append(
+            EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, sampling=sampling)
+        )
+    return requests
+
+
+def run(engine: Engine, requests: list[EngineRequest], aborted: frozenset[str] = frozenset()):
+    """Token ids by request, the books checked after every step; some end when half done."""
+    outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    waiting, now = list(requests), 0.0
+    while waiting or engine.has_work:
+        while waiting and len(engine._live) < 10:
+            engine.add(waiting.pop(0), now)
+        for output in engine.step(now):
+            outputs[output.request_id].extend(output.token_ids)
+            assert output.error is None, output.error
+            if output.request_id in aborted and len(outputs[output.request_id]) > 5:
+                engine.abort(output.request_id, now)
+        engine.check()
+        now += 1.0
+    return outputs
+
+
+def test_text_is_the_same_with_the_tier_and_without_under_constant_spilling(folder: Path) -> None:
+    requests = make_requests(24, seed=1)
+    expected = run(build(folder), requests)
+    engine = tiered(folder)
+    found = run(engine, requests)
+    assert found == expected
+    tier = engine.stats().tier
+    assert tier is not None
+    assert tier.lookups > tier.hits > 0 < tier.fetched_bytes
+    assert tier.out_bytes > 2 * DEVICE
+    assert tier.in_bytes > 0
+    assert tier.out_seconds > 0 < tier.stall_seconds
+
+
+def test_aborts_while_pages_move_leave_the_others_alone(folder: Path) -> None:
+    requests = make_requests(12, seed=2)
+    aborted = frozenset(f"r{index}" for index in range(0, 12, 3))
+    expected = run(build(folder), requests)
+    found = run(tiered(folder), requests, aborted)
+    for request_id, tokens in found.items():
+        assert tokens == expected[request_id][: len(tokens)]
+        if request_id not in aborted:
+            assert tokens == expected[request_id]
+
+
+def test_a_conversation_that_went_to_host_memory_is_hit_there(folder: Path) -> None:
+    engine = tiered(folder)
+    first = make_requests(1, seed=3)[0]
+    before = run(engine, [first])
+    run(engine, make_requests(8, seed=4))  # push it out
+    hits = engine.stats().prefix_hits
+    again = msgspec.structs.replace(first, request_id="again")
+    assert run(engine, [again])["again"] == before[first.request_id]
+    page = TINY_NSA.page
+    assert engine.stats().prefix_hits - hits == (len(first.prompt_token_ids) - 1) // page * page
+
+
+def test_nothing_moves_where_everything_fits(folder: Path) -> None:
+    engine = tiered(folder, kv_cache_memory_bytes=64 << 20)
+    run(engine, make_requests(6, seed=5))
+    tier = engine.stats().tier
+    assert (tier.lookups, tier.out_bytes, tier.in_bytes) == (0, 0, 0)
+
+
+def test_without_the_flag_there_is_no_tier(folder: Path) -> None:
+    assert build(folder).stats().tier is None
+
+
+def test_a_host_tier_needs_sparse_attention(tmp_path: Path) -> None:
+    write_config(tmp_path, TINY_LLAMA)
+    with pytest.raises(ConfigError, match="needs Native Sparse Attention"):
+        tiered(tmp_path, attention="dense")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"kv_host_memory_bytes": 4096}, "holds no transfer of 256 pages"),
+        ({"kv_host_memory_bytes": 1 << 50}, "exceeds the host's free memory"),
+        ({"kv_cache_memory_bytes": 400_000}, "needs 7 pages on the device"),
+        ({"kv_host_memory_bytes": -1}, "must not be negative"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused_in_numbers(folder, flags, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiered(folder, **flags)
+
+
+def test_a_prompt_longer_than_both_tiers_is_refused_at_the_door(folder: Path) -> None:
+    engine = tiered(folder)
+    long = EngineRequest(
+        request_id="long", prompt_token_ids=[1] * 2000, sampling=SamplingParams(temperature=0.0)
+    )
+    with pytest.raises(PromptTooLong):
+        engine.add(long, 0.0)
+    assert run(engine, make_requests(1, seed=6))
