@@ -118,9 +118,11 @@ async def exact_text(
 
 
 async def _fit(target: int, tokens: Tokens, more: Callable[[], str], prefix: str) -> str | None:
-    text = ""
-    while (missing := target - len(ids := await tokens.encode(prefix + text))) > 0:
+    text, missing = "", target
+    while missing > 0:
         text += "".join(more() for _ in range(missing // _TOKENS_PER_PIECE + 1))
+        ids = await tokens.encode(prefix + text)
+        missing = target - len(ids)
     for _ in range(_ATTEMPTS):
         if len(ids) == target:
             return text
