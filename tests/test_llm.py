@@ -1,5 +1,6 @@
 """Offline generation: the same engine in this process, prompts in, results out."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import nsa_serve
 from nsa_serve.config import AttentionMode, DType, EngineConfig, Policy
 from nsa_serve.errors import ConfigError, InvalidParameter, PromptTooLong
 from nsa_serve.llm import LLM
-from nsa_serve.request import FinishReason, SamplingParams
+from nsa_serve.request import FinishReason, GrammarKind, GrammarSpec, SamplingParams
 from tests.checkpoints import TINY_LLAMA, write_config
 
+REGEX = GrammarSpec(GrammarKind.REGEX, r"Paris, [0-9]{5}")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -165,3 +167,20 @@ def test_flat_flags_become_the_nested_configuration() -> None:
 def test_a_flag_that_can_not_work_is_refused_by_its_name(flags: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig.from_flags(**flags)
+
+
+def test_a_grammar_shapes_one_prompt_of_several(llm: LLM) -> None:
+    number = SamplingParams(temperature=0.0, max_tokens=12, grammar=REGEX)
+    bad = SamplingParams(grammar=GrammarSpec(GrammarKind.GRAMMAR, "start: foo"))
+    alone = llm.chat(QUESTION, number)[0].text
+    shaped, plain, failed = llm.chat([QUESTION] * 3, [number, GREEDY, bad])
+    assert re.fullmatch(REGEX.text, shaped.text)
+    assert shaped.text == alone
+    assert "Paris" in plain.text
+    assert failed.finish_reason is FinishReason.ERROR
+    assert "unknown name" in (failed.error or "")
+
+
+def test_a_model_without_a_tokenizer_follows_no_grammar(tiny: LLM) -> None:
+    with pytest.raises(InvalidParameter, match="no tokenizer"):
+        tiny.generate([[1, 2, 3]], SamplingParams(grammar=REGEX))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 
 import httpx
 import numpy as np
 import openai
+import pydantic
 import pytest
 
 from tests.server_process import running
@@ -287,3 +289,44 @@ def test_a_bad_body_is_told_and_the_engine_still_answers(url, content, kind, sta
         assert set(json.loads(refused.text)["error"]) == {"message", "type", "param", "code"}
         good = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
         assert good.status_code == 200
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    age: int
+
+
+def test_the_official_client_parses_a_model_of_pydantic(client):
+    asked = [{"role": "user", "content": "Anna is seven years old. Describe Anna as JSON."}]
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=asked, response_format=Person, temperature=0, max_tokens=60
+    )
+    (choice,) = answer.choices
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, Person)
+    response = client.responses.parse(
+        model=MODEL, input=asked, text_format=Person, temperature=0, max_output_tokens=60
+    )
+    assert response.output_parsed == choice.message.parsed
+
+
+def test_a_streamed_answer_of_the_official_client_follows_its_pattern(client):
+    stream = client.chat.completions.create(
+        model=MODEL, messages=PARIS, stream=True, temperature=1.5, max_tokens=40,
+        extra_body={"structured_outputs": {"regex": "[A-Z][a-z]{3,9}, [0-9]{4}"}},
+    )  # fmt: skip
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert re.fullmatch("[A-Z][a-z]{3,9}, [0-9]{4}", text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_the_engine_process_refuses_is_a_400(client, stream):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model=MODEL, messages=PARIS, stream=stream, extra_body={"guided_regex": "(["}
+        )
+    assert (caught.value.param, caught.value.status_code) == ("guided_regex", 400)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=PARIS, extra_body={"guided_choice": ["Paris", "Rome"]}
+    )
+    assert answer.choices[0].message.content in ("Paris", "Rome")
