@@ -48,6 +48,7 @@ def test_under_pressure_the_oldest_page_leaves_and_a_slab_leaves_with_it():
     assert moves == [(0, 0, HOST), (1, 1, HOST + 1)]
     assert slots == {0: HOST, 1: 1, 2: 2, 3: 3, 4: 0}
     assert tiers.num_spilled == 1
+    assert tiers.spilled() == [0]
 
 
 def test_a_page_with_a_copy_gives_its_slot_without_another_copy():

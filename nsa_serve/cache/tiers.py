@@ -64,6 +64,14 @@ class TieredResidence(Residence):
         """Blocks in host memory alone."""
         return self._num_spilled
 
+    def spilled(self) -> list[int]:
+        places = zip(self._device, self._host, strict=True)
+        return [
+            block_id
+            for block_id, (device, host) in enumerate(places)
+            if device == ABSENT and host != ABSENT
+        ]
+
     def slot(self, block_id: int) -> int:
         if self._device[block_id] != ABSENT:
             return self._device[block_id]
