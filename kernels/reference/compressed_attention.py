@@ -45,8 +45,8 @@ def compressed_attention(
     )
     if batch.max_context_len <= nsa.dense_len and not with_output:
         return None, every_block(batch, compressed.k.shape[1], nsa)
-    if q.shape[0] == 1 and (position := int(batch.positions[0])) >= 0:
-        return _lone_token(q, compressed, batch, position, nsa, with_output)
+    if batch.uniform or (q.shape[0] == 1 and int(batch.positions[0]) >= 0):
+        return _one_by_one(q, compressed, batch, nsa, with_output)
     tokens, step = short_tokens(batch), _tokens_per_pass(q, batch.max_context_len, nsa)
     if tokens is None and q.shape[0] <= step:
         return _by_token(q, compressed, batch, batch.positions, batch.token_rows, nsa, with_output)
@@ -77,20 +77,37 @@ def _num_visible(positions: Tensor, nsa: NSAShape) -> Tensor:
     return (ends // nsa.compress_stride + 1).clamp(min=0)  # floor division: 0 below l tokens
 
 
+def _one_by_one(
+    q: Tensor, compressed: CompressedKV, batch: StepBatch, nsa: NSAShape, with_output: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Each token by itself, so that its sums depend on its own context alone."""
+    parts = [_lone_token(q, compressed, batch, at, nsa, with_output) for at in range(q.shape[0])]
+    outs = [out for out, _ in parts if out is not None]
+    return _stacked(outs) if with_output else None, _stacked([chosen for _, chosen in parts])
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _lone_token(
     q: Tensor,
     compressed: CompressedKV,
     batch: StepBatch,
-    position: int,
+    token: int,
     nsa: NSAShape,
     with_output: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """A step of one token ``q`` [1, Hq, Dk]: what it sees is a plain slice, without masks."""
-    visible, row = nsa.num_visible(position), int(batch.token_rows[0])
+    """One token of ``q`` [T, Hq, Dk]: what it sees is a plain slice, without masks."""
+    own = slice(token, token + 1)
+    position, row = int(batch.positions[token]), int(batch.token_rows[token])
+    if position < nsa.dense_len and not with_output:
+        return None, first_blocks(batch.positions[own], compressed.k.shape[1], nsa)
+    visible = nsa.num_visible(position)
     blocks = batch.block_table[row, None, : position // nsa.page + 1]
     entries = slice(nsa.overlap - 1, nsa.overlap - 1 + visible)
     k = gather_pages(compressed.k, blocks).float()  # [Hkv, m·P/d, Dk]
-    queries = q.float().reshape(k.shape[0], -1, q.shape[2])  # [Hkv, G, Dk]
+    queries = q[own].float().reshape(k.shape[0], -1, q.shape[2])  # [Hkv, G, Dk]
     scores = torch.bmm(queries, k.transpose(1, 2))[..., entries]
     p = (scores * q.shape[2] ** -0.5).softmax(-1)
     out = None
@@ -98,7 +115,7 @@ def _lone_token(
         v = gather_pages(compressed.v, blocks)[:, entries].float()
         out = torch.bmm(p, v).view(1, q.shape[1], -1).to(q.dtype)
     if position < nsa.dense_len:
-        return out, first_blocks(batch.positions, k.shape[0], nsa)
+        return out, first_blocks(batch.positions[own], k.shape[0], nsa)
     scores = spread_over_blocks(p.sum(1), nsa)
     return out, select_for_one(scores, position, nsa)[None]
 

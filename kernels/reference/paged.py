@@ -57,9 +57,14 @@ def check_queries(q: Tensor, cache: PagedKV | CompressedKV, batch: StepBatch) ->
     check(q.device == cache.k.device, "q and the cache are on two devices", q=q, k=cache.k)
 
 
+def _is_short(batch: StepBatch) -> bool:
+    # A tile's sums depend on where it starts and ends, a lone token's on its context alone.
+    return batch.uniform or batch.max_query_len <= _SHORT_ROW
+
+
 def short_tokens(batch: StepBatch) -> Tensor | None:
     """Indices [t] of the tokens to attend one by one; None stands for all of them."""
-    if batch.max_query_len <= _SHORT_ROW:
+    if _is_short(batch):
         return None
     return batch.once("short tokens", lambda: _find_short_tokens(batch))
 
@@ -71,7 +76,7 @@ def _find_short_tokens(batch: StepBatch) -> Tensor:
 
 def long_rows(batch: StepBatch) -> Sequence[QueryTile]:
     """The rows that are too long for attention token by token, each as one tile."""
-    if batch.max_query_len <= _SHORT_ROW:
+    if _is_short(batch):
         return ()
     return batch.once("long rows", lambda: tuple(_find_long_rows(batch)))
 
