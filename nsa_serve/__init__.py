@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EngineConfig
     from .llm import LLM, RequestResult
-    from .request import SamplingParams
+    from .request import GrammarKind, GrammarSpec, SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "EngineConfig", "RequestResult", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "EngineConfig",
+    "GrammarKind",
+    "GrammarSpec",
+    "RequestResult",
+    "SamplingParams",
+    "__version__",
+]
 
 # Looked up on first use, so that a plain import stays light: the engine brings torch.
 _PUBLIC = {
     "EngineConfig": ".config",
+    "GrammarKind": ".request",
+    "GrammarSpec": ".request",
     "LLM": ".llm",
     "RequestResult": ".llm",
     "SamplingParams": ".request",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from nsa_serve import LLM, SamplingParams
 from nsa_serve.config import ModelSource
 from nsa_serve.models.checkpoint import resolve
+from nsa_serve.request import JSON_OBJECT, GrammarKind, GrammarSpec
 from nsa_serve.tokenizer import Tokenizer, read_source
 from tests.needle import NUM_TRIALS, needles
 from tests.true_mass import TrueMassOps
@@ -103,3 +106,37 @@ def test_nsa_equals_dense_up_to_the_length_where_all_blocks_are_selected():
         for mode in ("nsa", "dense")
     )
     torch.testing.assert_close(sparse, dense, atol=2e-3, rtol=0)
+
+
+GRAMMARS = [
+    GrammarSpec(GrammarKind.REGEX, "[A-Z][a-z]{2,8}, [0-9]{4}"),
+    GrammarSpec(GrammarKind.CHOICE, '["yes", "no"]'),
+    JSON_OBJECT,
+    None,
+]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_grammars_hold_beside_free_requests_while_steps_are_launched_ahead(deterministic):
+    llm = engine(attention="nsa", deterministic=deterministic)
+    asked = [
+        SamplingParams(temperature=temperature, seed=seed, max_tokens=40, grammar=grammar)
+        for seed in range(6)
+        for temperature in (0.0, 1.5)
+        for grammar in GRAMMARS
+    ]
+    prompts = random_prompts(len(asked), 200, seed=random.randrange(1 << 30))
+    results = llm.generate(prompts, asked)
+    for number, result in enumerate(results):
+        kind = number % len(GRAMMARS)
+        if kind == 0:
+            assert re.fullmatch(GRAMMARS[0].text, result.text)
+        if kind == 1:
+            assert result.text in ("yes", "no")
+        if kind == 2:
+            assert result.text.startswith("{")
+            assert result.finish_reason == "length" or json.loads(result.text) is not None
+        assert result.error is None
+    if deterministic:
+        alone = [llm.generate([p], [a])[0].token_ids for p, a in zip(prompts, asked, strict=True)]
+        assert alone == [result.token_ids for result in results]
