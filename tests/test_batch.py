@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib
 import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -250,17 +252,23 @@ def test_what_the_engine_is_too_busy_for_is_asked_again(run):
 
 
 def test_no_more_lines_are_open_than_wanted(run):
-    most = 0
+    num_open = most = 0
+    together = asyncio.Barrier(3)
 
     def watch(server):
-        enter = server.services.admission.enter
+        submit = server.engine.submit
 
-        def entering(entry):
-            nonlocal most
-            enter(entry)
-            most = max(most, server.services.admission.num_open)
+        async def counted(request):
+            nonlocal num_open, most
+            num_open += 1
+            most = max(most, num_open)
+            # Each waits for two others, so that three must be open at once.
+            await together.wait()
+            async for output in submit(request):
+                yield output
+            num_open -= 1
 
-        object.__setattr__(server.services.admission, "enter", entering)
+        server.engine.submit = counted
 
     run(*(line(str(i)) for i in range(30)), change=watch, at_once=3)
     assert most == 3
@@ -282,6 +290,22 @@ def test_what_can_not_be_run_is_told_in_one_line(tmp_path, monkeypatch, argument
     result = CliRunner().invoke(cli.app, ["run-batch", *arguments])
     assert result.exit_code == 2
     assert text in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, monkeypatch, number):
+    async def never(config):
+        os.kill(os.getpid(), number)
+        await asyncio.Event().wait()
+
+    room = importlib.import_module("nsa_serve.server.batch.run")
+    monkeypatch.setattr(room, "start_engine", never)
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.write_text(line("a"))
+    result = CliRunner().invoke(cli.app, ["run-batch", "-i", str(source), "-o", str(target)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("nsa-serve: stopped. What was answered is kept")
 
 
 def test_the_command_resumes_a_file_and_stops_where_the_disk_is_full(tmp_path):

@@ -14,6 +14,7 @@ import httpx
 import uvloop
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ...config import EngineConfig
 from ...errors import BatchStopped, ConfigError
 from ..app import create_app
 from ..flags import BatchFlags
@@ -34,13 +35,14 @@ def run_batch(flags: BatchFlags) -> int:
     Raises ``ConfigError`` or ``CheckpointError`` for what can't be run, and ``BatchStopped`` for
     a run that could not go on.
     """
+    config = flags.engine_config()
     with _opened(flags.input_file) as lines:
         _refuse_same(flags)
         with (
             ResultFile(flags.output_file) as results,
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            return runner.run(_Batch(flags, lines, results).run())
+            return runner.run(_Batch(flags, config, lines, results).run())
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -59,8 +61,11 @@ def _refuse_same(flags: BatchFlags) -> None:
 class _Batch:
     """One run over a file."""
 
-    def __init__(self, flags: BatchFlags, lines: BinaryIO, results: ResultFile) -> None:
+    def __init__(
+        self, flags: BatchFlags, config: EngineConfig, lines: BinaryIO, results: ResultFile
+    ) -> None:
         self._flags = flags
+        self._config = config
         self._lines = lines
         self._results = results
         self._num_answered = 0
@@ -77,12 +82,10 @@ class _Batch:
                 await self._answer(lambda failed: self._count(bar, failed))
         except asyncio.CancelledError:
             raise BatchStopped(_STOPPED) from None
-        finally:
-            console.print(self._summary())
         return 0
 
     async def _answer(self, answered: Answered) -> None:
-        config = self._flags.engine_config()
+        config = self._config
         async with AsyncExitStack() as stack:
             engine = await start_engine(config)
             stack.push_async_callback(engine.aclose)
@@ -93,6 +96,7 @@ class _Batch:
             lines = batch_lines(self._lines, settings, self._results)
             # As many as a step takes, and as many again to take their places at once.
             at_once = 2 * config.schedule.max_num_seqs
+            stack.callback(lambda: console.print(self._summary()))
             await answer_all(app, lines, self._results, answered, at_once=at_once)
 
     def _count(self, bar: Progress, failed: bool) -> None:
