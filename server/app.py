@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
@@ -14,7 +15,7 @@ from ..errors import NSAServeError
 from .admin import admin_router
 from .chat import chat_router
 from .completions import completions_router
-from .errors import answer_error, answer_http_error
+from .errors import answer_error, answer_http_error, answer_invalid_query
 from .middleware import APIKeyGuard, BodyLimit, LastResort
 from .openapi import describe
 from .page import page_routes
@@ -51,6 +52,7 @@ def create_app(
     app.router.routes.extend(page_routes())
     app.add_exception_handler(NSAServeError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_exception_handler(RequestValidationError, answer_invalid_query)
     _add_guards(app, settings)
     app.add_middleware(RequestLog, tracing=tracing)
     return app

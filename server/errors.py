@@ -9,6 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -161,6 +162,14 @@ def log_failure(error: Exception, what: str) -> None:
         logger.error("%s failed", what, exc_info=error)
     elif row.status >= 500 and not isinstance(error, Overloaded):
         logger.error("%s failed: %s", what, error)
+
+
+async def answer_invalid_query(request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for parameters of a path or a query that FastAPI itself refuses."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    message = f"{path_of(first['loc'])}: {bounded(first['msg'], MAX_ECHO)}"
+    return error_response(InvalidParameter(message, param=str(first["loc"][-1])))
 
 
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:

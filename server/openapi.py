@@ -26,6 +26,27 @@ _BODIES = {
 }
 
 
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_PROBES = ("/health", "/ready")
+_NULLABLE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _NULLABLE_TEXT,
+                "code": _NULLABLE_TEXT,
+            },
+        }
+    },
+}
+
+
 def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document of the app."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
@@ -34,7 +55,28 @@ def describe(app: FastAPI) -> dict[str, Any]:
     document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
     for path, model in _BODIES.items():
         document["paths"][path]["post"]["requestBody"] = _body(model.__name__)
+    document["components"]["schemas"]["Error"] = _ERROR
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            _describe_answers(path, operation["responses"])
     return document
+
+
+def _describe_answers(path: str, responses: dict[str, Any]) -> None:
+    """Errors, all of one form, and answers that are no JSON."""
+    # FastAPI's own form of errors, which is never sent.
+    responses.pop("422", None)
+    responses["default"] = _answer("An error", "application/json", _REF.format(model="Error"))
+    if path in _STREAMED:
+        responses["200"]["content"]["text/event-stream"] = {}
+    if path in _PROBES:
+        responses["503"] = {"description": "Not now: frozen, dead or draining"}
+    if path == "/metrics":
+        responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+
+
+def _answer(description: str, kind: str, ref: str) -> dict[str, Any]:
+    return {"description": description, "content": {kind: {"schema": {"$ref": ref}}}}
 
 
 def _body(name: str) -> dict[str, Any]:

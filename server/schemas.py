@@ -70,9 +70,8 @@ def _as_list(value: object) -> object:
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stop = Annotated[
-    list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_as_list)
-]
+Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)]
+Stop = Annotated[Stops, BeforeValidator(_as_list, json_schema_input_type=StopText | Stops)]
 
 
 class GenerationRequest(StructuredFields):

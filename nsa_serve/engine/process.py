@@ -84,7 +84,8 @@ class SocketPort:
 def _read(request_id: bytes, payload: bytes) -> Command | Unreadable:
     try:
         return command_decoder.decode(payload)
-    except msgspec.MsgspecError as error:
+    # Text that is no UTF-8 has an error of its own.
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return Unreadable(request_id.decode("utf-8", "replace"), str(error))
 
 
