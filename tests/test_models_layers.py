@@ -8,7 +8,13 @@ from torch.nn import functional as F
 
 from nsa_serve.config import DType
 from nsa_serve.models import layers
-from nsa_serve.models.layers import Linear, build_linear, choose_dtype
+from nsa_serve.models.layers import (
+    Linear,
+    PackedLinear,
+    activation_dtype,
+    build_linear,
+    choose_dtype,
+)
 
 CPU = torch.device("cpu")
 
@@ -58,3 +64,28 @@ def test_auto_is_bf16_where_it_is_fast() -> None:
     expected = torch.bfloat16 if layers.has_fast_bf16() else torch.float32
     assert choose_dtype(DType.AUTO, CPU) == expected
     assert choose_dtype(DType.FLOAT16, CPU) == torch.float16
+
+
+def test_steps_of_many_tokens_are_computed_in_fp32_where_products_widen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, _ = weights(torch.bfloat16)
+    monkeypatch.setattr(layers, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(layers, "_has_amx", lambda: False)
+    found = [activation_dtype(n, weight, deterministic=False) for n in (1, 127, 128)]
+    assert found == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert activation_dtype(128, weight, deterministic=True) == torch.bfloat16
+    monkeypatch.setattr(layers, "_has_amx", lambda: True)
+    assert activation_dtype(128, weight, deterministic=False) == torch.bfloat16
+
+
+@pytest.mark.skipif(not layers.has_fast_bf16(), reason="this CPU does not multiply bf16 natively")
+@pytest.mark.parametrize("rows", [3, 200])
+def test_fp32_rows_get_fp32_products_of_bf16_weights(rows: int) -> None:
+    weight, bias = weights(torch.bfloat16)
+    x = torch.randn(rows, 96)
+    found = PackedLinear(weight, bias)(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found, F.linear(x, weight.float(), bias.float()), atol=0.2, rtol=0.02
+    )

@@ -15,7 +15,8 @@ from .attention_nsa import NSAAttention
 from .config import ModelConfig, PhiConfig
 from .families.placement import fused_rows
 from .four_bit import FourBitWeight
-from .layers import build_linear
+from .freed_memory import keep_freed_memory
+from .layers import activation_dtype, build_linear
 from .rope import Rotary, build_rotary
 from .step import StepInputs
 
@@ -111,6 +112,9 @@ class Decoder:
         self.config = config
         self.embed = weights.pop("embed")
         self.device, self.dtype = self.embed.device, self.embed.dtype
+        self.deterministic = deterministic
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.norm = weights.pop("norm")
         head_name = "lm_head" if "lm_head" in weights else "embed"
         self.lm_head = build_linear(
@@ -138,13 +142,15 @@ class Decoder:
         """Hidden states [T, H] after the last norm, of every token of the step."""
         ops, eps = self.ops, self.config.rms_norm_eps
         cos, sin = self.rotary(step.batch.positions)
-        residual = F.embedding(step.token_ids, self.embed)
+        num_tokens = step.token_ids.shape[0]
+        wide = activation_dtype(num_tokens, self.embed, deterministic=self.deterministic)
+        residual = F.embedding(step.token_ids, self.embed).to(wide)
         x = ops.rms_norm(residual, self.layers[0].input_norm, eps=eps)
         following = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, norm in zip(self.layers, following, strict=True):
             x, residual = layer(x, residual, cos, sin, step)
             x, residual = ops.add_rms_norm(x, residual, norm, eps=eps)
-        hidden: Tensor = x
+        hidden: Tensor = x.to(self.dtype)
         return hidden
 
     @torch.inference_mode()

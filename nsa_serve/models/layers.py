@@ -13,7 +13,7 @@ Tensor = torch.Tensor
 
 # From this many rows on, fp32 products beat bf16 ones on CPUs without AMX by more than it costs to
 # widen the weights for the step.
-_WIDEN_ROWS = 256
+_WIDEN_ROWS = 128
 # Widened copies are temporary, but a large vocabulary's would be gigabytes.
 _WIDEN_LIMIT = 1 << 26
 # Up to this many rows, products of 4-bit weights are faster than of bf16 ones.
@@ -50,8 +50,8 @@ class PackedLinear:
         if x.shape[0] == 0:
             return x.new_empty(0, self.num_out)
         assert _linear_pointwise is not None
-        product: Tensor = _linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return product
+        product: Tensor = _linear_pointwise(x.bfloat16(), self.packed, self.bias, "none", [], "")
+        return product.to(x.dtype)
 
     def _widened(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
@@ -113,6 +113,17 @@ def uses_four_bit(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights that a file stores in 4 bits are multiplied as such, beside bf16 ones."""
     on_cpu = device.type == "cpu" and dtype == torch.bfloat16
     return on_cpu and has_fast_bf16() and has_four_bit_product()
+
+
+def activation_dtype(num_rows: int, weight: Tensor, *, deterministic: bool) -> torch.dtype:
+    """The type in which a step of ``num_rows`` tokens is computed, weights being as ``weight``.
+
+    That is theirs, but fp32 where products widen them: between products nothing is then rounded.
+    """
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if not on_cpu or deterministic or num_rows < _WIDEN_ROWS:
+        return weight.dtype
+    return torch.float32 if has_fast_bf16() and not _has_amx() else weight.dtype
 
 
 def has_fast_bf16() -> bool:
