@@ -36,6 +36,9 @@ def message_of(answer: Answer) -> replies.AssistantMessage:
 
 def delta_of(events: Sequence[Event]) -> replies.Delta:
     """The events of one output as one delta."""
+    match events:
+        case [Content(text)]:  # nearly all of a stream
+            return replies.Delta(content=text)
     content = "".join(event.text for event in events if isinstance(event, Content))
     reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
     calls = _delta_calls(events)

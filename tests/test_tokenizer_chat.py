@@ -106,6 +106,20 @@ def test_the_tool_template_is_taken_where_tools_are_given() -> None:
     assert template.render(TALK, tools=TOOLS) == "tools"
 
 
+@pytest.mark.parametrize(
+    ("templates", "shown"),
+    [
+        ({"default": "{{ messages }}"}, None),
+        ({"default": "{% if tools is not none %}x{% endif %}"}, "default"),
+        ({"default": "plain", "tool_use": "{{ tools | tojson }}"}, "tool_use"),
+        ({"default": "{% set tools = [] %}{{ tools }}"}, None),
+        ({}, None),
+    ],
+)
+def test_the_template_that_shows_tools_is_known(templates, shown) -> None:
+    assert ChatTemplate(templates, {}).tool_template == templates.get(shown)
+
+
 def test_strftime_now_gives_todays_year() -> None:
     assert rendered("{{ strftime_now('%Y') }}").startswith("20")
 
