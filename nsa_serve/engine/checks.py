@@ -23,7 +23,8 @@ def check_request(request: EngineRequest, vocab_size: int, *, grammars: bool = T
         return
     if not grammars:
         raise InvalidParameter(
-            f"{grammar.param} is not supported here: the model has no tokenizer or no end token",
+            f"{grammar.param} is not supported here: it takes a model with a tokenizer and an end "
+            "token",
             param=grammar.param,
         )
     check_grammar(grammar)
