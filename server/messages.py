@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -126,3 +126,15 @@ class Message(Strict):
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+
+def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The conversation for templates. Results of calls get the names of what was called, which
+    some templates need and OpenAI's messages leave out."""
+    called = {c.id: c.function.name for m in messages for c in m.tool_calls or () if c.id}
+    turns = [message.for_template() for message in messages]
+    for turn in turns:
+        name = called.get(turn.get("tool_call_id", ""))
+        if turn["role"] == "tool" and name:
+            turn.setdefault("name", name)
+    return turns

@@ -11,7 +11,7 @@ from ..errors import InvalidParameter, ModelNotFound, Overloaded, PromptTooLong
 from ..request import SamplingParams
 from .admission import RETRY_QUEUE
 from .errors import echo
-from .messages import Message
+from .messages import Message, turns_of
 from .ports import Tokenizer
 from .schemas import GenerationRequest
 from .settings import SamplingDefaults, ServerSettings
@@ -76,8 +76,7 @@ class PromptEncoder:
         arguments: dict[str, Any] | None = None,
     ) -> str:
         """The text of a conversation. The template writes its own special tokens."""
-        turns = [message.for_template() for message in messages]
-        shown, offered = self.tools.prompt(turns, tools)
+        shown, offered = self.tools.prompt(turns_of(messages), tools)
         return self._tokenizer.apply_chat_template(
             shown,
             add_generation_prompt=add_generation_prompt,

@@ -161,7 +161,11 @@ def test_tools_are_shown_by_the_models_template():
         WEATHER,
         {
             "type": "function",
-            "function": {"name": "time", "parameters": {"type": "object", "properties": {}}},
+            "function": {
+                "name": "time",
+                "description": "",
+                "parameters": {"type": "object", "properties": {}},
+            },
         },
     ]
 
@@ -325,8 +329,9 @@ def test_calls_and_results_come_back_to_the_template_as_it_knows_them():
     called = turns[1]["tool_calls"]
     assert [call["function"]["arguments"] for call in called] == [{"city": "Köln"}, "not JSON"]
     assert (turns[1]["content"], turns[1]["reasoning_content"]) == ("", "I must look.")
-    assert turns[2] == {"role": "tool", "tool_call_id": "c1", "content": "rain"}
-    assert turns[3]["content"] == "noon"
+    named = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "rain"}
+    assert turns[2] == named
+    assert (turns[3]["name"], turns[3]["content"]) == ("time", "noon")
 
 
 @pytest.mark.parametrize("template", [None, "{% for t in tools %}{% endfor %}"])

@@ -29,7 +29,14 @@ class Tool(Strict):
     def for_template(self) -> dict[str, Any]:
         """The tool as chat templates know it."""
         given = self.function.model_dump(exclude={"strict"}, exclude_none=True)
-        function = {"parameters": {"type": "object", "properties": {}}, **given}
+        # Templates add to the text of a description, and read the parameters' properties.
+        parameters = {"type": "object", "properties": {}}
+        function = {
+            "name": self.function.name,
+            "description": "",
+            "parameters": parameters,
+            **given,
+        }
         return {"type": "function", "function": function}
 
 
