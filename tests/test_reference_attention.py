@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_serve.kernels import reference
 from nsa_serve.kernels.contracts import ContractError
-from nsa_serve.kernels.shapes import NSAShape, PagedKV
+from nsa_serve.kernels.shapes import NSAShape, PagedKV, StepBatch
 from tests import oracle
 from tests.paged import Heads, fill_entries
 from tests.strategies import HEADS, SHAPES, Ragged, RaggedPlan, make_ragged, ragged_plans
@@ -205,3 +205,52 @@ def test_wrong_shapes_are_refused_with_both_shapes_named() -> None:
     wrong = torch.zeros(2, 2, 9, dtype=torch.int32)
     with pytest.raises(ContractError, match="selection is not"):
         reference.selected_attention(case.q, case.kv, wrong, case.batch, nsa=case.nsa)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_heads_may_choose_any_blocks_and_unequally_many(heads: Heads) -> None:
+    case = make_ragged(heads, SHAPES[0], [(130, 2), (40, 1), (200, 3)], 4)
+    selection = random_selection(case, 4)
+    # The first head without its current block, the last with no block but its first.
+    current = (case.batch.positions // case.nsa.page)[:, None]
+    kept = selection[:, 0].masked_fill(selection[:, 0] == current, -1)
+    selection[:, 0] = kept.where(kept >= 0, case.nsa.num_selected + 1000).sort(-1).values
+    selection[:, 0].masked_fill_(selection[:, 0] > 1000, -1)
+    selection[:, -1, 1:] = -1
+    out = reference.selected_attention(case.q, case.kv, selection, case.batch, nsa=case.nsa)
+    assert_close(out, case, selected_of(case, selection))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lone_tokens_bytes_do_not_depend_on_the_other_tokens_of_its_step(
+    dtype: torch.dtype,
+) -> None:
+    case = make_ragged(HEADS[0], SHAPES[0], [(130, 1), (40, 1), (131, 1), (9, 1)], 5, dtype=dtype)
+    selection, batch, nsa = random_selection(case, 5), case.batch, case.nsa
+
+    def branches(q: Tensor, chosen: Tensor, step: StepBatch) -> Tensor:
+        selected = reference.selected_attention(q, case.kv, chosen, step, nsa=nsa)
+        window = reference.window_attention(q, case.kv, step, nsa=nsa)
+        return torch.cat([selected, window, reference.dense_attention(q, case.kv, step)], -1)
+
+    together = branches(case.q, selection, batch)
+    for row in range(batch.num_rows):
+        own = slice(row, row + 1)
+        alone = replace(
+            batch,
+            positions=batch.positions[own],
+            token_rows=torch.zeros(1, dtype=torch.int32),
+            cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
+            context_lens=batch.context_lens[own],
+            block_table=batch.block_table[own],
+            slot_table=batch.slot_table[own],
+            max_context_len=int(batch.context_lens[row]),
+        )
+        assert torch.equal(branches(case.q[own], selection[own], alone), together[own])
+
+
+def test_a_step_remembers_what_it_found_and_another_step_does_not() -> None:
+    batch = make_ragged(HEADS[0], SHAPES[0], [(5, 1)], 6).batch
+    assert batch.once("answer", lambda: 1) == 1
+    assert batch.once("answer", lambda: 2) == 1
+    assert replace(batch, max_context_len=64).once("answer", lambda: 2) == 2

@@ -9,6 +9,7 @@ import torch
 from ..contracts import check
 from ..shapes import CompressedKV, Compressor, NSAShape, PagedKV, StepBatch
 from .compress import compress
+from .paged import geometry
 
 Tensor = torch.Tensor
 
@@ -36,8 +37,10 @@ def kv_write(
     where = batch.once(("token places", nsa.page), lambda: _token_places(batch, nsa.page))
     if where.real is not None:
         k, v = k[where.real], v[where.real]
-    _write_tokens(kv.k, k, where, batch)
-    _write_tokens(kv.v, v, where, batch)
+    key = ("token rows", where, geometry(kv))
+    k_rows, v_rows = batch.once(key, lambda: (_rows(kv.k, where), _rows(kv.v, where)))
+    _write_tokens(kv.k, k, where, k_rows)
+    _write_tokens(kv.v, v, where, v_rows)
     if compressed is None:
         return
     entries = batch.once(("entry places", nsa), lambda: _entry_places(batch, nsa))
@@ -93,10 +96,8 @@ def _entry_places(batch: StepBatch, nsa: NSAShape) -> _EntryPlaces | None:
     )
 
 
-def _write_tokens(pool: Tensor, x: Tensor, where: _TokenPlaces, batch: StepBatch) -> None:
+def _write_tokens(pool: Tensor, x: Tensor, where: _TokenPlaces, rows: Tensor | None) -> None:
     """``x`` [t, Hkv, D] into its places in a pool [S, Hkv, P, D]."""
-    key = ("token rows", where, pool.shape, pool.stride())
-    rows = batch.once(key, lambda: _rows(pool, where))
     x = x.to(pool.dtype)
     if rows is None:
         pool[where.slots, :, where.offsets] = x

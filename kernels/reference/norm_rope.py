@@ -17,9 +17,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     multiplied on, the order of Llama checkpoints' own code.
     """
     check(x.shape[-1] == weight.shape[0], "weight and rows differ in length", x=x, weight=weight)
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    mean_square.square_().div_(x.shape[-1])
-    normed = x * mean_square.add_(eps).rsqrt_()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    normed = x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     out: Tensor = normed.to(x.dtype).mul_(weight.to(x.dtype))
     return out
 

@@ -68,12 +68,10 @@ def _find_groups(
     counts = positions // page - first_keys // page + 1
     if most is not None:
         counts = counts.clamp(max=most)
-    for count in sorted(set(counts.tolist())):
-        of_count = (counts == count).nonzero()[:, 0] if count else counts[:0]
-        for part in of_count.split(max(1, _PAGES // max(1, count))):
-            if part.numel():
-                own = part if tokens is None else tokens[part]
-                yield _group(batch, own, first_keys[part], count, page, dtype)
+    for count in sorted(set(counts.tolist()) - {0}):  # padding reads no page
+        for part in (counts == count).nonzero()[:, 0].split(max(1, _PAGES // count)):
+            own = part if tokens is None else tokens[part]
+            yield _group(batch, own, first_keys[part], count, page, dtype)
 
 
 def _group(
