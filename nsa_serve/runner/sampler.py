@@ -236,9 +236,10 @@ class Sampler:
         for first in range(0, len(samples), _MASK_TILE):
             at, allowed = samples[first : first + _MASK_TILE], masks[first : first + _MASK_TILE]
             own = self.ops.mask_logits(edited[at], allowed)
-            plain = self.ops.mask_logits(logits[at], allowed)
-            stuck = own.amax(-1, keepdim=True) == -torch.inf
-            restricted.index_copy_(0, at, torch.where(stuck, plain, own))
+            if edited is not logits:
+                plain = self.ops.mask_logits(logits[at], allowed)
+                own = torch.where(own.amax(-1, keepdim=True) == -torch.inf, plain, own)
+            restricted.index_copy_(0, at, own)
         return restricted
 
     def _logprobs(
