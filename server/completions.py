@@ -68,6 +68,8 @@ def _engine_request(
             choice=choice,
         ),
         priority=asked.priority or 0,
+        deadline=asked.deadline,
+        timeout=asked.timeout,
         cache_salt=asked.cache_salt or "",
         stream=bool(asked.stream),
     )

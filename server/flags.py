@@ -40,8 +40,8 @@ _MODEL, _MEMORY, _SCHEDULE, _DEVICE, _SERVER, _BATCH = (
 _PASSED_ON = (
     *("tokenizer", "revision", "dtype", "attention", "max_model_len", "chat_template", "seed"),
     *("gpu_memory_utilization", "scheduling_policy", "max_num_seqs", "max_num_batched_tokens"),
-    *("max_num_queued_reqs", "max_num_queued_tokens", "device", "tensor_parallel_size"),
-    *("enforce_eager", "deterministic"),
+    *("max_num_queued_reqs", "max_num_queued_tokens", "request_timeout", "device"),
+    *("tensor_parallel_size", "enforce_eager", "deterministic"),
 )
 
 
@@ -204,7 +204,7 @@ class EngineFlags:
     ] = True
 
     scheduling_policy: Annotated[
-        Policy, _flag(_SCHEDULE, "--scheduling-policy", help="Order of waiting requests.")
+        Policy, _flag(_SCHEDULE, "--scheduling-policy", help="Who goes first; nobody starves.")
     ] = Policy.FCFS
     max_num_seqs: Annotated[
         int, _flag(_SCHEDULE, "--max-num-seqs", help="Most requests in one step.")
@@ -220,6 +220,10 @@ class EngineFlags:
         int,
         _flag(_SCHEDULE, "--max-num-queued-tokens", help="Their prompt tokens before a 503."),
     ] = 16 << 20
+    request_timeout: Annotated[
+        float | None,
+        _flag(_SCHEDULE, "--request-timeout", help="Seconds a request may take; default: any."),
+    ] = None
 
     device: Annotated[str, _flag(_DEVICE, "--device", help="auto, cpu or cuda.")] = "auto"
     tensor_parallel_size: Annotated[

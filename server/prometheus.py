@@ -75,6 +75,22 @@ _NUMBERS = (
     _Counted("prefix_cache_queries", "Tokens looked up in cache", lambda s: s.prefix_queries),
     _Counted("prefix_cache_hits", "Tokens found in the prefix cache", lambda s: s.prefix_hits),
     _Counted("num_preemptions", "Requests preempted", lambda s: s.num_preemptions),
+    _Counted(
+        "preempted_tokens", "Computed tokens that preemptions cost", lambda s: s.num_lost_tokens
+    ),
+    _Counted(
+        "num_queued_tokens", "Prompt tokens in the queue", lambda s: s.num_queued_tokens, False
+    ),
+    _Counted(
+        "prefill_tokens_per_second",
+        "Prompt tokens computed in a second, of late",
+        lambda s: s.prefill_tokens_per_s,
+        False,
+    ),
+    _Counted("request_late", "Ended after their deadline", lambda s: s.num_late),
+    _Counted(
+        "request_timed_out", "Ended at their time-out", lambda s: s.num_finished.get("timeout", 0)
+    ),
     _Counted("prompt_tokens", "Prompt tokens computed or cached", lambda s: s.prompt_tokens),
     _Counted("prompt_tokens_cached", "Prompt tokens from the cache", lambda s: s.cached_tokens),
     _Counted("generation_tokens", "Tokens generated", lambda s: s.generation_tokens),

@@ -30,6 +30,7 @@ from .tools.schemas import ToolChoice, Tools
 
 _INT64 = 1 << 63
 _MAX_TOKEN_ID = 1 << 31
+_MAX_WAIT_MS = 7 * 24 * 3_600_000
 
 # Values with which an unsupported field asks for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -106,12 +107,25 @@ class GenerationRequest(StructuredFields):
         None
     )
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    # From arrival. A deadline orders requests (--scheduling-policy deadline), a time-out ends one.
+    deadline_ms: Annotated[int, Field(ge=1, le=_MAX_WAIT_MS)] | None = None
+    timeout_ms: Annotated[int, Field(ge=1, le=_MAX_WAIT_MS)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     nsa_trace: bool | None = None  # keep what NSA looked at, for GET /traces/{id}
 
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    @property
+    def deadline(self) -> float | None:
+        """Seconds from arrival."""
+        return None if self.deadline_ms is None else self.deadline_ms / 1000
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds from arrival."""
+        return None if self.timeout_ms is None else self.timeout_ms / 1000
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

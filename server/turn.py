@@ -62,6 +62,8 @@ def prepare_turn(
             prompt_token_ids=token_ids,
             sampling=_sampling(services, asked, turn, max_tokens, choice),
             priority=asked.priority or 0,
+            deadline=asked.deadline,
+            timeout=asked.timeout,
             cache_salt=asked.cache_salt or "",
             stream=bool(asked.stream),
         )

@@ -123,8 +123,8 @@ class Bench:
         self.outputs: dict[str, list[RequestOutput]] = {}
 
     def add(self, name: str, prompt: Sequence[int] = (5, 6, 7), **sampling: Any) -> None:
-        stream = sampling.pop("stream", True)
-        self.engine.add(make_request(name, prompt, stream=stream, **sampling), self.clock())
+        fields = {key: sampling.pop(key) for key in ("stream", "timeout") if key in sampling}
+        self.engine.add(make_request(name, prompt, **fields, **sampling), self.clock())
         self.outputs[name] = []
 
     def abort(self, name: str) -> None:
@@ -166,7 +166,12 @@ class Bench:
 
 
 def make_request(
-    name: str, prompt: Sequence[int] = (5, 6, 7), *, stream: bool = True, **sampling: Any
+    name: str,
+    prompt: Sequence[int] = (5, 6, 7),
+    *,
+    stream: bool = True,
+    timeout: float | None = None,
+    **sampling: Any,
 ) -> EngineRequest:
     sampling.setdefault("max_tokens", 8)
     return EngineRequest(
@@ -174,4 +179,5 @@ def make_request(
         prompt_token_ids=list(prompt),
         sampling=SamplingParams(**sampling),
         stream=stream,
+        timeout=timeout,
     )
