@@ -54,6 +54,7 @@ class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     iteration_buckets: list[int]  # steps by tokens computed: bounds of ITERATION_BUCKETS, then more
     iteration_tokens: int  # tokens computed in all steps
     tier: TierReport | None = None  # None: there is no host tier
+    num_blocks_spilled: int = 0  # gauge: of those that hold something, in host memory alone
 
     @property
     def cache_usage(self) -> float:
@@ -114,6 +115,7 @@ class EngineStats:
         num_blocks: int,
         num_blocks_in_use: int,
         num_blocks_cached: int,
+        num_blocks_spilled: int = 0,
     ) -> StatsSnapshot:
         return StatsSnapshot(
             num_running=num_running,
@@ -124,6 +126,7 @@ class EngineStats:
             num_blocks=num_blocks,
             num_blocks_in_use=num_blocks_in_use,
             num_blocks_cached=num_blocks_cached,
+            num_blocks_spilled=num_blocks_spilled,
             num_steps=self.num_steps,
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,

@@ -20,7 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from ..request import RequestOutput, RequestTimes
-from ..stats import ITERATION_BUCKETS, StatsSnapshot
+from ..stats import ITERATION_BUCKETS, StatsSnapshot, TierReport
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -44,6 +44,12 @@ _TOKENS = tuple(
     if digit * 10**power <= 2e6
 )
 _SUCCESSES = ("stop", "length", "tool_calls")
+
+_NO_TIER = TierReport()
+
+
+def _tier(snapshot: StatsSnapshot) -> TierReport:
+    return snapshot.tier or _NO_TIER
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,16 @@ _NUMBERS = (
     _Counted(
         "request_void_logits", "Failed for lack of finite logits", lambda s: s.num_void_logits
     ),
+    _Counted("kv_host_lookups", "Selected pages in host memory", lambda s: _tier(s).lookups),
+    _Counted("kv_host_hits", "Of them found on the device", lambda s: _tier(s).hits),
+    _Counted("kv_host_fetched_bytes", "Of the others, fetched", lambda s: _tier(s).fetched_bytes),
+    _Counted("kv_host_out_bytes", "Pages copied to the host", lambda s: _tier(s).out_bytes),
+    _Counted("kv_host_out_transfers", "Copies they took", lambda s: _tier(s).out_transfers),
+    _Counted("kv_host_out_seconds", "Time they took", lambda s: _tier(s).out_seconds),
+    _Counted("kv_host_in_bytes", "Pages copied to the device", lambda s: _tier(s).in_bytes),
+    _Counted("kv_host_in_transfers", "Copies they took", lambda s: _tier(s).in_transfers),
+    _Counted("kv_host_in_seconds", "Time they took", lambda s: _tier(s).in_seconds),
+    _Counted("kv_host_stall_seconds", "Steps waited for copies", lambda s: _tier(s).stall_seconds),
     _Counted("request_errored", "Requests that failed", lambda s: s.num_finished.get("error", 0)),
 )
 
@@ -129,14 +145,15 @@ class _EngineCollector(Collector):
         return family
 
     def _resident(self, snapshot: StatsSnapshot) -> Metric:
-        """Blocks that hold something, by the memory that they are in: today the device's alone."""
+        """Blocks that hold something, by the memory that they are in."""
         family = GaugeMetricFamily(
             f"{self._prefix}:kv_cache_blocks_resident",
             "Blocks that hold something, by where they are",
             labels=["model_name", "residence"],
         )
         held = snapshot.num_blocks_in_use + snapshot.num_blocks_cached
-        family.add_metric([self._model, "device"], held)
+        family.add_metric([self._model, "device"], held - snapshot.num_blocks_spilled)
+        family.add_metric([self._model, "host"], snapshot.num_blocks_spilled)
         return family
 
     def _rejected(self, snapshot: StatsSnapshot) -> Metric:

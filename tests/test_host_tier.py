@@ -10,7 +10,9 @@ import pytest
 from nsa_serve.config import EngineConfig
 from nsa_serve.engine.engine import Engine
 from nsa_serve.errors import ConfigError, PromptTooLong
+from nsa_serve.memory.copy_lane import SameLane
 from nsa_serve.request import EngineRequest, SamplingParams
+from nsa_serve.schedule.scheduler import PAGE_LOST
 from tests.checkpoints import TINY_LLAMA, TINY_NSA, nsa_config_json, write_checkpoint, write_config
 from tests.test_models_nsa import PHIS, gated
 
@@ -59,8 +61,16 @@ def make_requests(count: int, seed: int) -> list[EngineRequest]:
     return requests
 
 
-def run(engine: Engine, requests: list[EngineRequest], aborted: frozenset[str] = frozenset()):
-    """Token ids by request, the books checked after every step; some end when half done."""
+def run(
+    engine: Engine,
+    requests: list[EngineRequest],
+    aborted: frozenset[str] = frozenset(),
+    failed: dict[str, str] | None = None,
+) -> dict[str, list[int]]:
+    """Token ids by request, the books checked after every step; some end when half done.
+
+    Errors go to ``failed``; without it there must be none.
+    """
     outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
     waiting, now = list(requests), 0.0
     while waiting or engine.has_work:
@@ -68,7 +78,9 @@ def run(engine: Engine, requests: list[EngineRequest], aborted: frozenset[str] =
             engine.add(waiting.pop(0), now)
         for output in engine.step(now):
             outputs[output.request_id].extend(output.token_ids)
-            assert output.error is None, output.error
+            if output.error is not None:
+                assert failed is not None, output.error
+                failed[output.request_id] = output.error
             if output.request_id in aborted and len(outputs[output.request_id]) > 5:
                 engine.abort(output.request_id, now)
         engine.check()
@@ -111,6 +123,36 @@ def test_a_conversation_that_went_to_host_memory_is_hit_there(folder: Path) -> N
     assert run(engine, [again])["again"] == before[first.request_id]
     page = TINY_NSA.page
     assert engine.stats().prefix_hits - hits == (len(first.prompt_token_ids) - 1) // page * page
+
+
+class FailingLane(SameLane):
+    """Some copies fail as if the system had refused them."""
+
+    def __init__(self, failing: frozenset[int]) -> None:
+        super().__init__()
+        self.failing, self.number = failing, 0
+
+    def run(self, job, *, to_device):
+        self.number += 1
+        if self.number in self.failing:
+            raise RuntimeError("no copy today")
+        return super().run(job, to_device=to_device)
+
+
+def test_a_lost_page_fails_the_requests_that_hold_it_and_no_other(folder: Path) -> None:
+    requests = make_requests(12, seed=2)
+    expected = run(build(folder), requests)
+    engine = tiered(folder)
+    runner: Any = engine._runner
+    runner._runner.tier._mover._lane = lane = FailingLane(frozenset({5, 9}))
+    failed: dict[str, str] = {}
+    found = run(engine, requests, failed=failed)
+    assert lane.number > 9
+    assert 0 < len(failed) < 12
+    assert set(failed.values()) == {PAGE_LOST}
+    for request_id, tokens in found.items():
+        whole = len(tokens) if request_id in failed else None
+        assert tokens == expected[request_id][:whole]
 
 
 def test_nothing_moves_where_everything_fits(folder: Path) -> None:

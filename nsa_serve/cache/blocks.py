@@ -79,6 +79,11 @@ class BlockPool:
         self._free.append(block_id)
         return block_id
 
+    def discard(self, block_id: int) -> None:
+        """A cached block becomes free out of its turn."""
+        del self._cached[block_id]
+        self._free.append(block_id)
+
     def check(self) -> None:
         """Each block is in exactly one of the three states."""
         free = set(self._free)

@@ -223,6 +223,17 @@ class CacheManager:
         for block_id in table.block_ids:
             self._index.remove(block_id)
 
+    def lose(self, block_ids: Sequence[int]) -> set[int]:
+        """Share these pages no more, their content is gone. Indices of requests that hold one."""
+        for block_id in block_ids:
+            self._index.remove(block_id)
+            if self._pool.is_cached(block_id):
+                self._pool.discard(block_id)
+                self.residence.vacate(block_id)
+        lost = set(block_ids)
+        tables = self._tables.items()
+        return {index for index, table in tables if not lost.isdisjoint(table.block_ids)}
+
     def reset(self) -> list[bytes]:
         """Forget all shared content; running requests keep their blocks but publish no more.
 

@@ -41,6 +41,11 @@ class Residence:
         """Blocks that may be pinned beside those that are: here pinning costs nothing."""
         return len(self._slots)
 
+    @property
+    def num_spilled(self) -> int:
+        """Blocks that are not on the device."""
+        return 0
+
     def place(self, block_id: int) -> None:
         """Give a block its slot before it is written for the first time; it is pinned once."""
         assert self._slots[block_id] == ABSENT, f"block {block_id} has a slot already"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ from ..schedule.plan import BlockMove, ResidenceUpdate
 from .copy_lane import CopyLane
 from .device_pool import DevicePool
 from .host_pool import HostPool
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -37,13 +40,14 @@ class BlockMover:
         self._first_host = pool.num_slots
         self._lane = lane
         self._slab = torch.empty_like(self._device[:slab])
-        self._numbers: dict[int, int] = {}  # host slot -> its last copy
+        self._numbers: dict[int, int] = {}  # target slot -> its last copy
+        self.lost: list[int] = []  # blocks whose copies failed
 
     def start(self, update: ResidenceUpdate) -> None:
         """Queue the moves, and make computation wait for those that it depends on."""
         awaited = 0
         for run in merged(update.moves, len(self._slab)):
-            number = self._queue(run)
+            number = self._queue_or_lose(run)
             if run[0].to_device:
                 awaited = number
             for move in run:
@@ -53,6 +57,17 @@ class BlockMover:
         if awaited:
             self._lane.join(awaited)
             self._numbers = {slot: n for slot, n in self._numbers.items() if n > awaited}
+
+    def _queue_or_lose(self, run: Sequence[BlockMove]) -> int:
+        """The number of a run's copy; 0 where it failed, and its blocks are lost."""
+        try:
+            return self._queue(run)
+        except torch.AcceleratorError:
+            raise  # the device is lost, and all blocks with it
+        except RuntimeError:
+            logger.exception("a copy of %d pages failed", len(run))
+            self.lost.extend(move.block_id for move in run)
+            return 0
 
     def _queue(self, run: Sequence[BlockMove]) -> int:
         to_device = run[0].to_device

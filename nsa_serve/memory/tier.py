@@ -63,6 +63,11 @@ class HostTier:
         resident = partial(self._prefetcher.ensure_resident, inputs.batch)
         return replace(inputs, kv=self._prefetcher.kv, resident=resident)
 
+    def take_lost(self) -> tuple[int, ...]:
+        """Blocks whose pages could not be copied, since the last call."""
+        lost, self._mover.lost = tuple(self._mover.lost), []
+        return lost
+
     @property
     def counts(self) -> torch.Tensor:
         """Look-ups of host pages, hits, pieces fetched [3] int64, on the device."""

@@ -49,6 +49,7 @@ class PendingStep:
     done: torch.cuda.Event | None
     tier: HostTier | None = None
     tier_counts: torch.Tensor | None = None  # [3] int64
+    lost_block_ids: tuple[int, ...] = ()
 
     def result(self) -> StepResult:
         """What came of the step, after waiting for it alone."""
@@ -59,7 +60,7 @@ class PendingStep:
         report = None
         if self.tier is not None and self.tier_counts is not None:
             report = self.tier.report(self.tier_counts)
-        return StepResult(self.plan.step_id, tokens, prompts, report)
+        return StepResult(self.plan.step_id, tokens, prompts, report, list(self.lost_block_ids))
 
 
 def _tokens(plan: StepPlan, sampled: Sampled, trace: StepTrace | None) -> list[SampledToken]:
@@ -143,8 +144,9 @@ class ModelRunner:
             sampled = self.sampler.sample(at_samples, fields, samples, self.buffers.last_tokens)
         logprobs = self._prompt_logprobs(prompt_hidden, spans)
         counts = None if self.tier is None else to_host(self.tier.counts)
+        lost = () if self.tier is None else self.tier.take_lost()
         done = record_event() if self.pool.device.type == "cuda" else None
-        return PendingStep(plan, sampled, spans, logprobs, trace, done, self.tier, counts)
+        return PendingStep(plan, sampled, spans, logprobs, trace, done, self.tier, counts, lost)
 
     def _change_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:

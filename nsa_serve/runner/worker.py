@@ -137,7 +137,10 @@ class Worker:
                 f"--kv-host-memory-bytes {asked} ({shown(asked)}) exceeds the host's free memory "
                 f"of {shown(free)}: lower that flag"
             )
-        return PinnedMemory(asked) if self.device.type == "cuda" else None
+        try:
+            return PinnedMemory(asked) if self.device.type == "cuda" else None
+        except RuntimeError as error:
+            raise ConfigError(f"--kv-host-memory-bytes {asked} is refused: {error}") from None
 
     def _build_pools(self) -> tuple[DevicePool, HostTier | None]:
         tiers = self.tiers

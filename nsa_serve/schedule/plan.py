@@ -72,3 +72,4 @@ class StepResult(msgspec.Struct, frozen=True):
     tokens: list[SampledToken]  # one for each chunk that samples, in the plan's order
     prompt_logprobs: list[PromptLogprobs] = []
     tier: TierReport | None = None  # None: no host tier
+    lost_block_ids: list[int] = []  # their pages could not be copied, and what was read is void

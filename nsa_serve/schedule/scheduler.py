@@ -30,6 +30,8 @@ from .forecast import OutputLengths
 from .plan import PromptLogprobs, SampledToken, ScheduledChunk, StepPlan, StepResult
 from .roster import Roster
 
+PAGE_LOST = "a page of this request's cache could not be copied; try it again"
+
 
 class StepUpdate(msgspec.Struct, frozen=True):
     """What an applied step brought one request. ``finish_reason`` is set on the last one."""
@@ -152,10 +154,10 @@ class Scheduler:
         launched = self._launched.popleft()
         plan = launched.plan
         assert plan.step_id == result.step_id, f"step {plan.step_id} is due, not {result.step_id}"
-        self.stats.tier = result.tier
+        self.stats.tier = result.tier or self.stats.tier
         pieces = {piece.request_id: piece for piece in result.prompt_logprobs}
         tokens = iter(result.tokens)
-        updates: list[StepUpdate] = []
+        updates = self._fail_holders(result.lost_block_ids, now)
         for chunk, request in zip(plan.chunks, launched.requests, strict=True):
             token = next(tokens) if chunk.samples else None
             piece = pieces.get(request.request_id) if pieces else None
@@ -193,6 +195,7 @@ class Scheduler:
             num_blocks=self._cache.num_blocks,
             num_blocks_in_use=self._cache.num_in_use,
             num_blocks_cached=self._cache.num_cached,
+            num_blocks_spilled=self._cache.residence.num_spilled,
         )
 
     def check(self) -> None:
@@ -286,6 +289,12 @@ class Scheduler:
         self._cache.retract(request)
         self._roster.end(request, FinishReason.ERROR, now)
         return StepUpdate(request, [], finish_reason=FinishReason.ERROR, error=error)
+
+    def _fail_holders(self, lost: list[int], now: float) -> list[StepUpdate]:
+        """End the requests whose pages are lost, and forget those pages."""
+        holders = self._cache.lose(lost) if lost else set()
+        held = [r for r in self._roster.requests.values() if r.index in holders]
+        return [self._fail(request, PAGE_LOST, now) for request in held]
 
     def _publish(self, request: Request, chunk: ScheduledChunk) -> None:
         size = self._cache.page_size
