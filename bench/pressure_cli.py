@@ -121,7 +121,8 @@ def measure_beside_long(
         num_trials=num_trials, num_decoding=num_decoding,
     )  # fmt: skip
     show_table("short requests beside long prompts", ("", ""), list(found.record().items()))
-    name = f"beside_long_{Path(shape or 'simulated').name}.json"
+    conditions["num_decoding"] = num_decoding
+    name = f"beside_long_{Path(shape or 'simulated').name}_{num_decoding}.json"
     save_json(result_dir / name, {**conditions, **found.record()})
 
 
