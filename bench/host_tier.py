@@ -119,7 +119,7 @@ def build_case(
 
 def replayed(case: TierCase, hit_rate: float, num_steps: int, seed: int = 0) -> list[torch.Tensor]:
     """Selections [B, Hkv, n] of ``num_steps`` steps that find this share of far pages hot."""
-    draw = random.Random(seed)
+    draw = random.Random(f"{hit_rate} {seed}")
     nsa, (tokens, heads) = case.nsa, (case.q.shape[0], case.tier.pool.layout.num_kv_heads)
     last = case.batch.max_context_len // nsa.page
     forced = [*range(nsa.num_initial), *range(last - nsa.num_local, last)]
