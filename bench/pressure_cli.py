@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from ..request import EngineRequest, FinishReason, SamplingParams
@@ -22,8 +23,9 @@ PAGE = 64
 
 
 class TimedEngine:
-    """A whole engine with random weights on the machine's clock, as pressure.py wants it.
+    """A whole engine with random weights, as pressure.py wants it.
 
+    On a CPU its clock is the CPU time of one thread, which others on the machine add nothing to.
     Where a request's length isn't to be known beforehand, any of a random share of the vocabulary
     ends it.
     """
@@ -33,10 +35,14 @@ class TimedEngine:
         worker = bench.parts.worker
         self.num_tokens = worker.num_blocks * worker.page
         self._num_added = 0
+        self._clock = time.monotonic
+        if worker.device.type == "cpu":
+            torch.set_num_threads(1)
+            self._clock = time.process_time
 
     @property
     def now(self) -> float:
-        return time.monotonic()
+        return self._clock()
 
     @property
     def has_work(self) -> bool:
@@ -193,6 +199,7 @@ def _conditions(shape: str, bench: BenchEngine) -> dict[str, Any]:
         "shape": shape,
         "attention": bench.parts.description.attention,
         "dtype": worker.dtype_name,
+        "clock": "CPU time of one thread" if worker.device.type == "cpu" else "monotonic",
         "cache_tokens": worker.num_blocks * worker.page,
         "token_budget": worker.token_budget,
     }
