@@ -5,7 +5,6 @@ import { colour, legend, onThemeChange, shape, sized } from "./draw.js";
 const $ = (id) => document.getElementById(id);
 const LEFT = 30; // pixels for the layers' numbers
 const TOP = 16; // and for the blocks'
-const ROW = 5;
 const GAP = 2; // between layers
 const GATES = [["cmp", "compressed"], ["slc", "selected"], ["win", "window"]];
 let trace = null;
@@ -15,6 +14,8 @@ export async function showTrace(id) {
   const kept = await getJSON(`/traces/${encodeURIComponent(id)}`);
   trace = { ...kept, selection: words(kept.selection, Int32Array) };
   trace.gates = kept.gates === null ? null : words(kept.gates, Float32Array);
+  const rows = trace.layers * trace.kv_heads;
+  trace.row = Math.max(5, Math.min(16, Math.floor(450 / rows))); // pixels
   cursor = null;
   $("trace").hidden = false;
   $("trace-token").max = trace.tokens.length;
@@ -55,7 +56,7 @@ function tally(tokens) {
 }
 
 function top(row) {
-  return TOP + row * ROW + Math.floor(row / trace.kv_heads) * GAP;
+  return TOP + row * trace.row + Math.floor(row / trace.kv_heads) * GAP;
 }
 
 function cellWidth() {
@@ -80,19 +81,19 @@ function drawBlocks() {
   const rows = trace.layers * trace.kv_heads;
   const blocks = trace.blocks.length;
   const width = cellWidth();
-  const context = sized($("trace-map"), LEFT + blocks * width + 2, top(rows - 1) + ROW + 2);
+  const context = sized($("trace-map"), LEFT + blocks * width + 2, top(rows - 1) + trace.row + 2);
   const [ink, ground, quiet] = [colour("accent"), colour("free"), colour("quiet")];
   context.font = "11px system-ui, sans-serif";
   for (let row = 0; row < rows; row++) {
     context.globalAlpha = 1;
     context.fillStyle = ground;
-    context.fillRect(LEFT, top(row), blocks * width, ROW - 1);
+    context.fillRect(LEFT, top(row), blocks * width, trace.row - 1);
     context.fillStyle = ink;
     for (let block = 0; block < blocks; block++) {
       const share = trace.counts[row * blocks + block] / trace.num_chosen;
       if (share === 0) continue;
       context.globalAlpha = 0.2 + 0.8 * share;
-      context.fillRect(LEFT + block * width, top(row), width - 1, ROW - 1);
+      context.fillRect(LEFT + block * width, top(row), width - 1, trace.row - 1);
     }
   }
   context.globalAlpha = 1;
@@ -101,12 +102,12 @@ function drawBlocks() {
   if (cursor) {
     context.strokeStyle = colour("text");
     context.lineWidth = 2;
-    context.strokeRect(LEFT + cursor.block * width - 1, top(cursor.row) - 1, width + 1, ROW + 1);
+    context.strokeRect(LEFT + cursor.block * width - 1, top(cursor.row) - 1, width + 1, trace.row + 1);
   }
 }
 
 function drawNumbers(context, width) {
-  const each = Math.max(1, Math.ceil(14 / (ROW * trace.kv_heads + GAP)));
+  const each = Math.max(1, Math.ceil(14 / (trace.row * trace.kv_heads + GAP)));
   context.textAlign = "right";
   context.textBaseline = "top";
   for (let layer = 0; layer < trace.layers; layer += each) {
@@ -187,9 +188,9 @@ function gateByLayer(tokens, branch) {
 function cellAt(event) {
   const box = $("trace-map").getBoundingClientRect();
   const [x, y] = [event.clientX - box.left - LEFT, event.clientY - box.top - TOP];
-  const perLayer = ROW * trace.kv_heads + GAP;
+  const perLayer = trace.row * trace.kv_heads + GAP;
   const layer = Math.floor(y / perLayer);
-  const head = Math.min(Math.floor((y - layer * perLayer) / ROW), trace.kv_heads - 1);
+  const head = Math.min(Math.floor((y - layer * perLayer) / trace.row), trace.kv_heads - 1);
   return [layer * trace.kv_heads + head, Math.floor(x / cellWidth())];
 }
 

@@ -6,6 +6,7 @@ part of ``make test``. With NSA_SERVE_SCREENSHOTS=FOLDER they leave pictures the
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,9 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.server_process import ServerProcess, running
+from nsa_serve.models.config import NSAConfig
+from tests.checkpoints import nsa_config_json
+from tests.server_process import ServerProcess, running, write_small_model
 
 SECONDS = 120_000  # ms that a slow machine may take to answer
 KEY = "a-key-for-the-page"
@@ -123,6 +126,22 @@ def test_pointing_at_a_block_shows_its_text(page: Page, url: str) -> None:
     expect(page.locator("#trace-cell")).to_contain_text("Layer 0, KV head 0, block 0")
     page.hover("#trace-map", position={"x": box["width"] - 6, "y": 20})
     expect(page.locator("#trace-cell")).to_contain_text("answer, from token")
+
+
+def test_learned_gates_are_drawn_by_layer(page: Page, tmp_path: Path) -> None:
+    config = json.loads((write_small_model(tmp_path) / "config.json").read_text())
+    gated = nsa_config_json(NSAConfig(gated=True))["nsa"]
+    config |= {"model_type": "nsa_serve", "num_hidden_layers": 3, "nsa": gated}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ("--load-format", "dummy", "--max-model-len", "128")
+    with running(str(tmp_path), *flags) as server:
+        opened(page, server.url)
+        page.check("#want-trace")
+        ask(page, "What stands open?")
+        page.locator("#trace").wait_for()
+        expect(page.locator("#gates polyline")).to_have_count(3)
+        expect(page.locator("#gates-legend")).to_contain_text(re.compile(r"window 0\.\d\d"))
+        assert len((page.get_attribute("#gates .cmp", "points") or "").split()) == 3
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
