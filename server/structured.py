@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from msgspec.json import encode
 from msgspec.structs import replace
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from ..errors import InvalidParameter
 from ..request import JSON_OBJECT, GrammarKind, GrammarSpec
@@ -19,6 +19,16 @@ ChoiceText = Annotated[str, Field(max_length=MAX_CHOICE_CHARS)]
 ChoiceTexts = Annotated[
     list[ChoiceText], Field(min_length=1, max_length=MAX_CHOICE_TEXTS, fail_fast=True)
 ]
+
+
+def _no_number(value: Any) -> Any:
+    # A literal is compared with ==, and 0 equals False.
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("must be a boolean")
+    return value
+
+
+Off = Annotated[Literal[False] | None, BeforeValidator(_no_number)]
 
 
 class JsonSchemaFormat(Strict):
@@ -66,8 +76,8 @@ class StructuredOutputs(Strict):
     json_object: bool | None = None
     # Which library follows the grammar is ours to say; what else it could do isn't built.
     disable_fallback: bool | None = None
-    disable_any_whitespace: Literal[False] | None = None
-    disable_additional_properties: Literal[False] | None = None
+    disable_any_whitespace: Off = None
+    disable_additional_properties: Off = None
     whitespace_pattern: None = None
     structural_tag: None = None
 

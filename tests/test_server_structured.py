@@ -82,6 +82,8 @@ def test_every_spelling_reaches_the_engine_as_one_grammar(path, fields, kind, va
         {"response_format": {"type": "text"}},
         {"structured_outputs": {}},
         {"structured_outputs": {"json": None, "disable_fallback": False}},
+        {"structured_outputs": {"disable_any_whitespace": False}},
+        {"structured_outputs": {"disable_additional_properties": False}},
         {"guided_json": None},
     ],
 )
@@ -117,6 +119,20 @@ def test_fields_that_make_no_sense_are_refused(fields, param):
     answer = asyncio.run(scenario())
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith(param), answer.text
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/responses"])
+@pytest.mark.parametrize("name", ["disable_any_whitespace", "disable_additional_properties"])
+@pytest.mark.parametrize("value", [0, 0.0, True, "false"])
+def test_a_switch_that_must_be_off_takes_no_number_in_place_of_false(path, name, value):
+    async def scenario() -> httpx.Response:
+        async with fake_server() as server:
+            asked = {"structured_outputs": {"json_object": True, name: value}, "input": "Hi"}
+            return await server.post(path, body(path, **asked))
+
+    answer = asyncio.run(scenario())
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == f"structured_outputs.{name}", answer.text
 
 
 @asynccontextmanager
