@@ -168,6 +168,16 @@ class CacheManager:
             missing = [digest for digest in to_come if self._index.block(digest) is None]
             self._pending.expect(request, missing)
 
+    def holds_near(self, num_requests: int, num_tokens: int) -> bool:
+        """Whether the device holds what so many running requests and a step's tokens pin at most.
+
+        Always so without a host tier: there all that is held is on the device.
+        """
+        if self._near is None:
+            return True
+        each = self._near.num_initial + self.num_pages(self._near.num_tokens) + 1
+        return num_requests * each + self.num_pages(num_tokens) <= self.residence.num_places
+
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks for tokens [0, num_tokens): the new ones, or None (and none taken) if too few."""
         table = self._tables[request.index]

@@ -37,6 +37,11 @@ class Residence:
         self._slots = [ABSENT] * num_blocks
 
     @property
+    def num_places(self) -> int:
+        """Blocks that may be pinned in all."""
+        return len(self._slots)
+
+    @property
     def room(self) -> int:
         """Blocks that may be pinned beside those that are: here pinning costs nothing."""
         return len(self._slots)

@@ -56,6 +56,10 @@ class TieredResidence(Residence):
         self._changed: dict[int, int] = {}
 
     @property
+    def num_places(self) -> int:
+        return self.sizes.num_device
+
+    @property
     def room(self) -> int:
         return self.sizes.num_device - self._num_pinned
 

@@ -145,8 +145,11 @@ class Batcher:
         """Whether its tokens have room now, and all that run will have it as they grow."""
         if num_pages > self._cache.num_usable - promised:
             return False
-        if len(self._roster.running) == 0:
+        num_running = len(self._roster.running)
+        if num_running == 0:
             return True
+        if not self._cache.holds_near(num_running + 1, self._token_budget):
+            return False
         peak = forecast.peak_with(self._lengths.remaining(request), num_pages)
         return peak <= self._cache.num_blocks
 
