@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec import UNSET
+
 from . import replies
 from .answer.events import Answer, CallArguments, CallBegun, Content, Event, Reasoning
 
@@ -24,12 +26,16 @@ def message_of(answer: Answer) -> replies.AssistantMessage:
         )
         for call in answer.calls
     ]
-    extra: dict[str, Any] = {"tool_calls": calls} if calls else {}
+    reasoning = answer.reasoning
+    extra: dict[str, Any] = (
+        {"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {}
+    )
+    if calls:
+        extra["tool_calls"] = calls
     return replies.AssistantMessage(
         role="assistant",
         content=answer.content if answer.content or not calls else None,
         refusal=None,
-        **_reasoning(answer.reasoning),
         **extra,
     )
 
@@ -42,14 +48,12 @@ def delta_of(events: Sequence[Event]) -> replies.Delta:
     content = "".join(event.text for event in events if isinstance(event, Content))
     reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
     calls = _delta_calls(events)
-    given: dict[str, Any] = {"content": content} if content else {}
     return replies.Delta(
-        **given, **_reasoning(reasoning), **({"tool_calls": calls} if calls else {})
+        content=content or UNSET,
+        reasoning_content=reasoning or UNSET,
+        reasoning=reasoning or UNSET,
+        tool_calls=calls or UNSET,
     )
-
-
-def _reasoning(text: str) -> dict[str, Any]:
-    return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
 def _delta_calls(events: Sequence[Event]) -> list[replies.DeltaCall]:

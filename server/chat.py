@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
 
 from ..request import RequestOutput, Usage
 from . import replies
@@ -68,7 +69,7 @@ class ChatShape(DataEvents):
         self._parsers = prepared.parsers
         self._num_generated: dict[int, int] = {}
 
-    def chunks(self, index: int, output: RequestOutput) -> Iterator[replies.Reply]:
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[replies.Chunk]:
         """The role before a choice's first output, then what it says as far as that is known."""
         if index not in self._num_generated:
             self._num_generated[index] = 0
@@ -83,7 +84,7 @@ class ChatShape(DataEvents):
         events = parser.feed(output.text)
         return events + parser.finish() if output.finish_reason else events
 
-    def usage_chunk(self, usages: Sequence[Usage]) -> replies.Reply | None:
+    def usage_chunk(self, usages: Sequence[Usage]) -> replies.Chunk | None:
         if not self._usage.at_end:
             return None
         total = replies.Usage.total(by_prompt(usages, self._num_choices))
@@ -124,13 +125,12 @@ class ChatShape(DataEvents):
         self, index: int, delta: replies.Delta, output: RequestOutput | None = None
     ) -> replies.ChatChunk:
         finish = output.finish_reason if output else None
-        extra: dict[str, Any] = {"stop_reason": output.stop_reason} if output and finish else {}
         choice = replies.ChatChunkChoice(
             index=index,
             delta=delta,
             logprobs=self._logprobs(output),
             finish_reason=finish_name(finish, self._parsers[index]) if finish else None,
-            **extra,
+            stop_reason=output.stop_reason if output and finish else UNSET,
         )
         return self._with_choices([choice], self._usage_so_far(index))
 
@@ -142,13 +142,12 @@ class ChatShape(DataEvents):
     def _with_choices(
         self, choices: list[replies.ChatChunkChoice], usage: replies.Usage | None
     ) -> replies.ChatChunk:
-        # A stream that was asked for usage has the key in every chunk.
-        extra: dict[str, Any] = {"usage": usage} if self._usage.at_end else {}
         return replies.ChatChunk(
             id=self._head.id,
             object="chat.completion.chunk",
             created=self._head.created,
             model=self._head.model,
             choices=choices,
-            **extra,
+            # A stream that was asked for usage has the key in every chunk.
+            usage=usage if self._usage.at_end else UNSET,
         )

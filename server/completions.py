@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
 
 from ..request import EngineRequest, RequestOutput, TokenLogprob, Usage
 from . import replies
@@ -101,24 +102,23 @@ class CompletionShape(DataEvents):
         self._num_generated: dict[int, int] = {}
         self._echoed: set[int] = set()
 
-    def chunks(self, index: int, output: RequestOutput) -> Iterator[replies.Reply]:
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[replies.Chunk]:
         """A choice's text as far as there is any, the echoed prompt before the first."""
         self._num_generated[index] = self._num_generated.get(index, 0) + len(output.token_ids)
         text, logprobs = self._text(index, output), self._logprobs(index, output)
         if not (text or logprobs or output.finish_reason):
             return
         finish = output.finish_reason
-        extra: dict[str, Any] = {"stop_reason": output.stop_reason} if finish else {}
-        choice = replies.CompletionChoice(
+        choice = replies.CompletionChunkChoice(
             index=index,
             text=text,
             logprobs=logprobs,
             finish_reason=FINISH_NAMES[finish] if finish else None,
-            **extra,
+            stop_reason=output.stop_reason if finish else UNSET,
         )
         yield self._with_choices([choice], self._usage_so_far(index))
 
-    def usage_chunk(self, usages: Sequence[Usage]) -> replies.Reply | None:
+    def usage_chunk(self, usages: Sequence[Usage]) -> replies.Chunk | None:
         if not self._usage.at_end:
             return None
         return self._with_choices([], self._total(usages))
@@ -186,14 +186,13 @@ class CompletionShape(DataEvents):
         return replies.Usage.so_far(num_prompt, self._num_generated[index])
 
     def _with_choices(
-        self, choices: list[replies.CompletionChoice], usage: replies.Usage | None
-    ) -> replies.Completion:
-        extra: dict[str, Any] = {"usage": usage} if self._usage.at_end else {}
-        return replies.Completion(
+        self, choices: list[replies.CompletionChunkChoice], usage: replies.Usage | None
+    ) -> replies.CompletionChunk:
+        return replies.CompletionChunk(
             id=self._head.id,
             object="text_completion",
             created=self._head.created,
             model=self._head.model,
             choices=choices,
-            **extra,
+            usage=usage if self._usage.at_end else UNSET,
         )

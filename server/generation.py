@@ -28,7 +28,7 @@ class ClientGone(Exception):
 class Generation:
     """Runs one engine request for each choice and gathers their outputs in the order they come.
 
-    One queue takes the outputs, failures, the client's disconnect and the server's shutdown, so
+    One list takes the outputs, failures, the client's disconnect and the server's shutdown, so
     that whoever reads it waits in one place. Leaving the block aborts what isn't finished.
     """
 
@@ -48,7 +48,8 @@ class Generation:
         self._metrics = metrics
         self._recent = recent
         self._receive = receive
-        self._queue: asyncio.Queue[Arrival | Exception] = asyncio.Queue()
+        self._queued: list[Arrival | Exception] = []
+        self._arrived = asyncio.Event()  # set when something is queued
         self._taken = asyncio.Event()  # set when the queue has been emptied
         self._error: Exception | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -66,7 +67,7 @@ class Generation:
 
     def end(self, error: Exception) -> None:
         """End the generation: its reader gets ``error`` after the outputs that came before."""
-        self._queue.put_nowait(error)
+        self._put(error)
 
     async def __aenter__(self) -> Self:
         stats = await self._engine.stats()
@@ -97,15 +98,26 @@ class Generation:
         """
         if self._error is not None:
             raise self._error
-        try:
-            async with asyncio.timeout(timeout):
-                taken = [await self._queue.get()]
-        except TimeoutError:
-            return []
-        while not self._queue.empty():
-            taken.append(self._queue.get_nowait())
+        if not self._queued:
+            await self._wait(timeout)
+        taken, self._queued = self._queued, []
         self._taken.set()
         return self._accept(taken)
+
+    async def _wait(self, timeout: float | None) -> None:
+        # A bare timer, since this is done for every token: asyncio.timeout costs nine of them.
+        loop = asyncio.get_running_loop()
+        timer = None if timeout is None else loop.call_later(timeout, self._arrived.set)
+        self._arrived.clear()
+        try:
+            await self._arrived.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _put(self, item: Arrival | Exception) -> None:
+        self._queued.append(item)
+        self._arrived.set()
 
     def _accept(self, taken: Sequence[Arrival | Exception]) -> list[Arrival]:
         accepted: list[Arrival] = []
@@ -136,19 +148,19 @@ class Generation:
         outputs = self._engine.submit(request)
         try:
             async for output in outputs:
-                self._queue.put_nowait(_failure(output) or (index, output))
-                while self._queue.qsize() >= MAX_QUEUED:
+                self._put(_failure(output) or (index, output))
+                while len(self._queued) >= MAX_QUEUED:
                     self._taken.clear()
                     await self._taken.wait()
         except Exception as error:
-            self._queue.put_nowait(error)
+            self._put(error)
         finally:
             await outputs.aclose()
 
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._queue.put_nowait(ClientGone())
+        self._put(ClientGone())
 
 
 def _failure(output: RequestOutput) -> NSAServeError | None:

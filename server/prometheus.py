@@ -6,6 +6,7 @@ by the final output of each request and by the gaps between tokens as the server
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -179,11 +180,35 @@ class _EngineCollector(Collector):
         family = HistogramMetricFamily(
             f"{self._prefix}:iteration_tokens_total", "Tokens of a step", labels=["model_name"]
         )
-        bounds = [*(str(float(bound)) for bound in ITERATION_BUCKETS), "+Inf"]
-        counts = list(accumulate(snapshot.iteration_buckets))
-        buckets = [(bound, float(count)) for bound, count in zip(bounds, counts, strict=True)]
+        buckets = _buckets(ITERATION_BUCKETS, snapshot.iteration_buckets)
         family.add_metric([self._model], buckets, sum_value=snapshot.iteration_tokens)
         return family
+
+
+class _GapCollector(Collector):
+    """The histogram of times between tokens, at the price of one of its library's counters."""
+
+    def __init__(self, name: str, model: str) -> None:
+        self._name = name
+        self._model = model
+        self._counts = [0] * (len(_BETWEEN_TOKENS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float, num_tokens: int) -> None:
+        """``num_tokens`` tokens, whose gaps are ``seconds`` together."""
+        self._counts[bisect_left(_BETWEEN_TOKENS, seconds / num_tokens)] += num_tokens
+        self._sum += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, "Between two tokens", labels=["model_name"])
+        family.add_metric([self._model], _buckets(_BETWEEN_TOKENS, self._counts), self._sum)
+        yield family
+
+
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """(upper bound, count of all up to it) in Prometheus' form; the last has no bound."""
+    names = [*(str(float(bound)) for bound in bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(counts)), strict=True))
 
 
 class Metrics:
@@ -198,9 +223,8 @@ class Metrics:
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN
         )
-        self._gap = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens", _BETWEEN_TOKENS
-        )
+        self._gaps = _GapCollector(f"{prefix}:inter_token_latency_seconds", model)
+        self._registry.register(self._gaps)
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean over a request", _BETWEEN_TOKENS
         )
@@ -233,8 +257,7 @@ class Metrics:
 
     def observe_gap(self, seconds: float, num_tokens: int) -> None:
         """``num_tokens`` tokens came ``seconds`` after the ones before."""
-        for _ in range(num_tokens):
-            self._gap.observe(seconds / num_tokens)
+        self._gaps.observe(seconds, num_tokens)
 
     def observe_final(self, output: RequestOutput) -> None:
         """A request has ended with an answer."""

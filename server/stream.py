@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from ..request import RequestOutput, Usage
 from .errors import error_body, error_response, log_failure
 from .generation import ClientGone, Generation
-from .replies import Reply
+from .replies import Chunk, Reply
 
 KEEP_ALIVE = ": keep-alive\n\n"
 _HEADERS = [
@@ -26,16 +26,16 @@ _HEADERS = [
 class Shape(Protocol):
     """How one kind of request words its answer."""
 
-    def chunks(self, index: int, output: RequestOutput) -> Iterator[Reply]:
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[Chunk]:
         """The chunks that one output of a choice gives."""
 
-    def usage_chunk(self, usages: Sequence[Usage]) -> Reply | None:
+    def usage_chunk(self, usages: Sequence[Usage]) -> Chunk | None:
         """The last chunk, with the usage of all choices, if it was asked for."""
 
     def whole(self, outputs: Sequence[RequestOutput]) -> Reply:
         """The answer in one piece, from one output of each choice."""
 
-    def frame(self, chunk: Reply) -> str:
+    def frame(self, chunk: Chunk) -> str:
         """A chunk as an event."""
 
     @property
@@ -51,7 +51,7 @@ class DataEvents:
 
     end = "data: [DONE]\n\n"
 
-    def frame(self, chunk: Reply) -> str:
+    def frame(self, chunk: Chunk) -> str:
         return f"data: {chunk.to_json()}\n\n"
 
     def failure(self, error: Exception) -> str:

@@ -71,7 +71,7 @@ class ResponseShape:
 
     end = ""
 
-    def frame(self, chunk: replies.Reply) -> str:
+    def frame(self, chunk: replies.Chunk) -> str:
         assert isinstance(chunk, replies.ResponseEvent)
         return f"event: {chunk.type}\ndata: {chunk.to_json()}\n\n"
 
@@ -84,12 +84,12 @@ class ResponseShape:
         events = (fields, {"type": "response.failed", "response": failed})
         return "".join(self.frame(self._numbered(event)) for event in events)
 
-    def chunks(self, index: int, output: RequestOutput) -> Iterator[replies.Reply]:
+    def chunks(self, index: int, output: RequestOutput) -> Iterator[replies.Chunk]:
         """The events that one output gives, those of the beginning before the first."""
         for fields in self._fields(output):
             yield self._numbered(fields)
 
-    def usage_chunk(self, usages: Sequence[Usage]) -> replies.Reply | None:
+    def usage_chunk(self, usages: Sequence[Usage]) -> replies.Chunk | None:
         """Nothing: the last event has had the usage."""
         return None
 
@@ -100,7 +100,7 @@ class ResponseShape:
 
     def _numbered(self, fields: Fields) -> replies.ResponseEvent:
         self._num_events += 1
-        return replies.ResponseEvent(**fields, sequence_number=self._num_events - 1)
+        return replies.ResponseEvent(fields["type"], self._num_events - 1, fields)
 
     def _fields(self, output: RequestOutput) -> Iterator[Fields]:
         if not self._num_events:
