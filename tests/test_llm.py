@@ -119,7 +119,7 @@ def test_ctrl_c_leaves_an_engine_that_can_go_on(tiny: LLM, monkeypatch: pytest.M
 def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(tiny: LLM) -> None:
     (result,) = tiny.generate([5, 6], SamplingParams(max_tokens=4, ignore_eos=True), progress=True)
     assert (result.text, len(result.token_ids)) == ("", 4)
-    with pytest.raises(InvalidParameter, match="takes a model with a tokenizer"):
+    with pytest.raises(InvalidParameter, match="this model has no tokenizer"):
         tiny.generate("text")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 
 import pytest
@@ -131,7 +130,7 @@ def test_a_warm_up_that_fails_ends_the_run_with_its_reason(bench):
 def test_ctrl_c_prints_and_saves_what_was_measured(bench):
     def script(number, body):
         if number == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # in this thread, so before the next step
         return steady(number, body)
 
     _, saved = bench(
