@@ -119,7 +119,7 @@ class RequestTimes(msgspec.Struct, frozen=True):
     last_token: float | None
 
 
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What came out since the last output; exactly one, the last, has ``finish_reason``."""
 
     request_id: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -93,6 +94,9 @@ async def _run(
     services: Services = app.state.services
     stopper = _Stopper(server, services.admission, flags.shutdown_timeout)
     stopper.install()
+    # A full collection would walk all that was imported, and no stream moves meanwhile.
+    gc.collect()
+    gc.freeze()
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(_stop_when_dead(engine, stopper)),

@@ -8,6 +8,7 @@ goes too.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import shutil
@@ -118,6 +119,9 @@ def _serve(config: EngineConfig, port: SocketPort) -> None:
 
     engine = Engine.from_config(config, on_progress)
     assert engine.description is not None
+    # A full collection would walk all that was imported, and no request moves meanwhile.
+    gc.collect()
+    gc.freeze()
     port.announce(Ready(engine.description))
     EngineLoop(engine, port).run()
 
