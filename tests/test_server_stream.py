@@ -9,8 +9,10 @@ import json
 import pytest
 
 from nsa_serve.errors import EngineDead, Overloaded
+from nsa_serve.server import replies
 from nsa_serve.server.admission import Admission
-from tests.server_fakes import events, fake_server
+from nsa_serve.server.prometheus import Metrics
+from tests.server_fakes import FakeEngine, events, fake_server
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
 
@@ -240,3 +242,47 @@ def test_a_client_that_leaves_before_the_body_is_whole_starts_nothing():
             return server.engine.requests, client.sent.get_nowait()["status"]
 
     assert asyncio.run(scenario()) == ([], 400)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "é€\U0001f600", '"quoted" \\ / </script>', "".join(map(chr, range(32))), "\x7f\u2028"],
+)
+def test_chunks_word_a_text_as_whole_answers_do(text):
+    choice = replies.CompletionChunkChoice(0, text, None, None)
+    chunk = replies.CompletionChunk("c", "text_completion", 1, "m", [choice])
+    whole = replies.DetokenizeReply(prompt=text).to_json().removeprefix('{"prompt":')
+    assert f'"text":{whole[:-1]},' in chunk.to_json()
+
+
+def test_a_chunk_has_the_fields_that_were_set_and_no_others():
+    call = replies.DeltaCall(index=0, function=replies.CalledFunction(arguments="{}"))
+    choice = replies.ChatChunkChoice(0, replies.Delta(tool_calls=[call]), None, None)
+    chunk = replies.ChatChunk("c", "chat.completion.chunk", 1, "m", [choice], usage=None)
+    assert json.loads(chunk.to_json()) == {
+        "id": "c",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "delta": {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+                "logprobs": None,
+                "finish_reason": None,
+            }
+        ],
+        "usage": None,
+    }
+
+
+def test_gaps_between_tokens_are_counted_in_the_first_bucket_that_holds_them():
+    metrics = Metrics("p", "m")
+    metrics.observe_gap(0.02, 10)  # ten tokens at 2 ms, a bound that belongs to its bucket
+    metrics.observe_gap(500.0, 1)
+    snapshot = asyncio.run(FakeEngine().stats())
+    lines = set(metrics.page(snapshot, num_rejected=0).decode().splitlines())
+    name = "p:inter_token_latency_seconds"
+    for bound, count in (("0.001", 0), ("0.002", 10), ("0.004", 10), ("80.0", 10), ("+Inf", 11)):
+        assert f'{name}_bucket{{le="{bound}",model_name="m"}} {count}.0' in lines
+    assert f'{name}_sum{{model_name="m"}} 500.02' in lines
