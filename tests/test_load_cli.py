@@ -127,6 +127,15 @@ def test_a_warm_up_that_fails_ends_the_run_with_its_reason(bench):
     assert "a warm-up request failed: HTTP 400: no such model" in result.stderr
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a new process has it, whatever servers ran in this one before."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_prints_and_saves_what_was_measured(bench):
     def script(number, body):
         if number == 5:
