@@ -21,11 +21,28 @@ _FETCHERS = 64  # programs a KV head: enough loads under way to fill the link to
 
 
 @triton.jit
-def _block_of(selection_ptr, token_rows_ptr, block_table_ptr, at, token, mask, stride_table):
-    """The block id of a look-up."""
-    page = tl.load(selection_ptr + at, mask=mask, other=0)
-    row = tl.load(token_rows_ptr + token, mask=mask, other=0)
-    return tl.load(block_table_ptr + row.to(tl.int64) * stride_table + page, mask=mask, other=0)
+def _misses(
+    selection_ptr,
+    token_rows_ptr,
+    block_table_ptr,
+    out_ptr,
+    item,
+    head,
+    num_items,
+    num_slots,
+    stride_blocks,
+    HKV: tl.constexpr,
+    SELECTED: tl.constexpr,
+):
+    """(place, slot, whether its page is missed, block id) of a KV head's look-ups ``item``."""
+    token = item // SELECTED
+    at = (token.to(tl.int64) * HKV + head) * SELECTED + item % SELECTED
+    slot = tl.load(out_ptr + at, mask=item < num_items, other=-1)
+    missed = slot >= num_slots
+    page = tl.load(selection_ptr + at, mask=missed, other=0)
+    row = tl.load(token_rows_ptr + token, mask=missed, other=0).to(tl.int64)
+    block = tl.load(block_table_ptr + row * stride_blocks + page, mask=missed, other=0)
+    return at, slot, missed, block
 
 
 @triton.jit
@@ -124,13 +141,10 @@ def _assign(
     missing = 0
     for start in range(0, num_items, ITEMS):
         item = start + tl.arange(0, ITEMS)
-        token = item // SELECTED
-        at = (token.to(tl.int64) * HKV + head) * SELECTED + item % SELECTED
-        slot = tl.load(out_ptr + at, mask=item < num_items, other=-1)
-        missed = slot >= num_slots
-        block = _block_of(
-            selection_ptr, token_rows_ptr, block_table_ptr, at, token, missed, stride_blocks
-        )
+        _at, slot, missed, block = _misses(
+            selection_ptr, token_rows_ptr, block_table_ptr, out_ptr, item, head, num_items,
+            num_slots, stride_blocks, HKV, SELECTED,
+        )  # fmt: skip
         claim = tl.load(claims_ptr + head * num_blocks + block, mask=missed, other=-1)
         leads = (missed & (claim == item)).to(tl.int32)
         rank = missing + tl.cumsum(leads, 0) - 1
@@ -226,13 +240,10 @@ def _fetch(
         )  # fmt: skip
     for start in range(share * ITEMS, num_items, FETCHERS * ITEMS):
         item = start + tl.arange(0, ITEMS)
-        token = item // SELECTED
-        at = (token.to(tl.int64) * HKV + head) * SELECTED + item % SELECTED
-        slot = tl.load(out_ptr + at, mask=item < num_items, other=-1)
-        missed = slot >= num_slots
-        block = _block_of(
-            selection_ptr, token_rows_ptr, block_table_ptr, at, token, missed, stride_blocks
-        )
+        at, _slot, missed, block = _misses(
+            selection_ptr, token_rows_ptr, block_table_ptr, out_ptr, item, head, num_items,
+            num_slots, stride_blocks, HKV, SELECTED,
+        )  # fmt: skip
         place = tl.load(places_ptr + head * num_blocks + block, mask=missed, other=-1)
         tl.store(out_ptr + at, first_slot + place, mask=missed & (place >= 0))
         tl.store(claims_ptr + head * num_blocks + block, UNCLAIMED_ITEM, mask=missed)
