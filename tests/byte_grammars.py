@@ -17,11 +17,11 @@ from nsa_serve.config import ScheduleConfig
 from nsa_serve.engine.engine import Engine
 from nsa_serve.engine.followers import Followers
 from nsa_serve.engine.grammar import GrammarCompiler
-from nsa_serve.request import GrammarKind, GrammarSpec, RequestOutput
+from nsa_serve.request import GrammarKind, GrammarSpec
 from nsa_serve.schedule.plan import SampledToken, ScheduledChunk, StepPlan, StepResult
 from nsa_serve.schedule.scheduler import Scheduler
 from nsa_serve.tokenizer import Tokenizer, TokenizerSource
-from tests.scripted_engine import Clock, Pending, make_request
+from tests.scripted_engine import Clock, Outputs, Pending, make_request
 
 EOS = 256
 MARK = 257  # another special token
@@ -113,7 +113,7 @@ def next_token(past: Sequence[int], seed: int, mask: bytes | None) -> int:
     return picks[number % len(picks)]
 
 
-class GrammarBench:
+class GrammarBench(Outputs):
     """An engine over a ``MaskedRunner`` and a fake clock; checks its books after each step.
 
     Whoever steps the engine itself gives the ``clock`` it steps by.
@@ -129,6 +129,7 @@ class GrammarBench:
         max_num_seqs: int = 8,
         clock: Callable[[], float] | None = None,
     ) -> None:
+        super().__init__()
         self.tokenizer = byte_tokenizer()
         cache = CacheManager(num_blocks, 4)
         self.scheduler = Scheduler(
@@ -151,7 +152,6 @@ class GrammarBench:
             clock=clock or self.clock,
             followers=self.followers,
         )
-        self.outputs: dict[str, list[RequestOutput]] = {}
 
     def add(self, name: str, spec: GrammarSpec | None, **sampling: Any) -> None:
         sampling.setdefault("max_tokens", 400)
@@ -163,8 +163,7 @@ class GrammarBench:
     def step(self, seconds: float = 0.001) -> None:
         self.clock.now += seconds
         for output in self.engine.step(self.clock()):
-            assert not self.is_ended(output.request_id), "an output after the final one"
-            self.outputs[output.request_id].append(output)
+            self.keep(output)
         self.engine.check()
 
     def drain(self, max_steps: int = 20_000) -> None:
@@ -192,17 +191,3 @@ class GrammarBench:
                 return True
             self.step()
         return False
-
-    def is_ended(self, name: str) -> bool:
-        outputs = self.outputs[name]
-        return bool(outputs) and outputs[-1].finish_reason is not None
-
-    def final(self, name: str) -> RequestOutput:
-        assert self.is_ended(name)
-        return self.outputs[name][-1]
-
-    def text(self, name: str) -> str:
-        return "".join(output.text for output in self.outputs[name])
-
-    def token_ids(self, name: str) -> list[int]:
-        return [token for output in self.outputs[name] for token in output.token_ids]

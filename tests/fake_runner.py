@@ -6,6 +6,7 @@ real one can't: that each K/V entry a chunk attends to was written, and for exac
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -153,6 +154,13 @@ class FakeRunner:
             for position in range(start + 1, min(stop + 1, len(prompt)))
         ]
         return PromptLogprobs(row.start.request_id, start + 1, entries) if entries else None
+
+
+def draw_prompt(draw: random.Random) -> list[int]:
+    """Few families of prompts, so that prefixes are shared, cut short and prolonged."""
+    family = draw.randrange(3)
+    prompt = [family * 10 + i % 7 + 1 for i in range(draw.randrange(1, 40))]
+    return prompt + [draw.randrange(1, 50) for _ in range(draw.choice([0, 0, 1, 3]))]
 
 
 def make_request(

@@ -86,7 +86,50 @@ class Clock:
         return self.now
 
 
-class Bench:
+class Outputs:
+    """Every output of each request that was announced with an empty list; none after its final."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, list[RequestOutput]] = {}
+
+    def is_ended(self, name: str) -> bool:
+        outputs = self.outputs[name]
+        return bool(outputs) and outputs[-1].finish_reason is not None
+
+    def final(self, name: str) -> RequestOutput:
+        assert self.is_ended(name)
+        return self.outputs[name][-1]
+
+    def text(self, name: str) -> str:
+        return "".join(output.text for output in self.outputs[name])
+
+    def token_ids(self, name: str) -> list[int]:
+        return [token for output in self.outputs[name] for token in output.token_ids]
+
+    def keep(self, output: RequestOutput) -> None:
+        assert not self.is_ended(output.request_id), "an output after the final one"
+        self.outputs[output.request_id].append(output)
+
+
+def make_request(
+    name: str,
+    prompt: Sequence[int] = (5, 6, 7),
+    *,
+    stream: bool = True,
+    timeout: float | None = None,
+    **sampling: Any,
+) -> EngineRequest:
+    sampling.setdefault("max_tokens", 8)
+    return EngineRequest(
+        request_id=name,
+        prompt_token_ids=list(prompt),
+        sampling=SamplingParams(**sampling),
+        stream=stream,
+        timeout=timeout,
+    )
+
+
+class Bench(Outputs):
     """An engine, its runner and a fake clock; keeps every output and checks the books each step."""
 
     def __init__(
@@ -99,6 +142,7 @@ class Bench:
         token_budget: int = 32,
         max_num_queued_reqs: int = 64,
     ) -> None:
+        super().__init__()
         cache = CacheManager(num_blocks, 4)
         self.scheduler = Scheduler(
             ScheduleConfig(max_num_seqs=8, max_num_queued_reqs=max_num_queued_reqs),
@@ -120,7 +164,6 @@ class Bench:
             depth=depth,
             clock=self.clock,
         )
-        self.outputs: dict[str, list[RequestOutput]] = {}
 
     def add(self, name: str, prompt: Sequence[int] = (5, 6, 7), **sampling: Any) -> None:
         fields = {key: sampling.pop(key) for key in ("stream", "timeout") if key in sampling}
@@ -130,12 +173,12 @@ class Bench:
     def abort(self, name: str) -> None:
         output = self.engine.abort(name, self.clock())
         if output is not None:
-            self._keep(output)
+            self.keep(output)
 
     def step(self) -> None:
         self.clock.now += 1.0
         for output in self.engine.step(self.clock()):
-            self._keep(output)
+            self.keep(output)
         self.engine.check()
 
     def drain(self, max_steps: int = 1000) -> None:
@@ -145,39 +188,3 @@ class Bench:
             self.step()
         assert self.cache.num_in_use == 0
         assert all(self.is_ended(name) for name in self.outputs)
-
-    def is_ended(self, name: str) -> bool:
-        outputs = self.outputs[name]
-        return bool(outputs) and outputs[-1].finish_reason is not None
-
-    def final(self, name: str) -> RequestOutput:
-        assert self.is_ended(name)
-        return self.outputs[name][-1]
-
-    def text(self, name: str) -> str:
-        return "".join(output.text for output in self.outputs[name])
-
-    def token_ids(self, name: str) -> list[int]:
-        return [token for output in self.outputs[name] for token in output.token_ids]
-
-    def _keep(self, output: RequestOutput) -> None:
-        assert not self.is_ended(output.request_id), "an output after the final one"
-        self.outputs[output.request_id].append(output)
-
-
-def make_request(
-    name: str,
-    prompt: Sequence[int] = (5, 6, 7),
-    *,
-    stream: bool = True,
-    timeout: float | None = None,
-    **sampling: Any,
-) -> EngineRequest:
-    sampling.setdefault("max_tokens", 8)
-    return EngineRequest(
-        request_id=name,
-        prompt_token_ids=list(prompt),
-        sampling=SamplingParams(**sampling),
-        stream=stream,
-        timeout=timeout,
-    )

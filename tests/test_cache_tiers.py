@@ -11,7 +11,7 @@ from nsa_serve.config import Policy
 from nsa_serve.errors import Overloaded, PromptTooLong
 from nsa_serve.request import FinishReason
 
-from .fake_runner import make_request, run_alone
+from .fake_runner import draw_prompt, make_request, run_alone
 from .tiered_runner import TieredHarness
 
 HOST = 100
@@ -161,12 +161,6 @@ def test_as_many_requests_run_as_their_near_pages_fit_on_the_device():
     assert house.scheduler.snapshot().num_preemptions == 0
 
 
-def _prompt(draw: random.Random) -> list[int]:
-    family = draw.randrange(3)
-    prompt = [family * 10 + i % 7 + 1 for i in range(draw.randrange(1, 40))]
-    return prompt + [draw.randrange(1, 50) for _ in range(draw.choice([0, 0, 1, 3]))]
-
-
 class Fuzz:
     """Random requests, endings and resets over a device tier of a few pages."""
 
@@ -192,7 +186,7 @@ class Fuzz:
         self.live: set[str] = set()
 
     def add(self) -> None:
-        request_id, prompt = f"r{len(self.requests)}", _prompt(self.draw)
+        request_id, prompt = f"r{len(self.requests)}", draw_prompt(self.draw)
         sampling = {
             "seed": self.draw.randrange(3),
             "max_tokens": self.draw.randrange(1, 24),

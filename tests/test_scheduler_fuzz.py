@@ -8,16 +8,9 @@ from nsa_serve.config import Policy
 from nsa_serve.errors import Overloaded, PromptTooLong
 from nsa_serve.request import FinishReason
 
-from .fake_runner import Harness, make_request, run_alone
+from .fake_runner import Harness, draw_prompt, make_request, run_alone
 
 OPERATIONS = 2_500  # in each of the six runs
-
-
-def _prompt(draw: random.Random) -> list[int]:
-    """Few families of prompts, so that prefixes are shared, cut short and prolonged."""
-    family = draw.randrange(3)
-    prompt = [family * 10 + i % 7 + 1 for i in range(draw.randrange(1, 40))]
-    return prompt + [draw.randrange(1, 50) for _ in range(draw.choice([0, 0, 1, 3]))]
 
 
 class Fuzz:
@@ -54,7 +47,7 @@ class Fuzz:
             "timeout": self.draw.choice([None] * 9 + [1.5, 12.0]),
             "salt": self.draw.choice(["", "", "", "tenant"]),
         }
-        prompt = _prompt(self.draw)
+        prompt = draw_prompt(self.draw)
         try:
             self.house.add(request_id, prompt, **sampling)
         except (Overloaded, PromptTooLong):
