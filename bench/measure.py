@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,18 +44,6 @@ def summarise(samples: list[float], warmup: int) -> Timing:
         repeats=len(ordered),
         warmup=warmup,
     )
-
-
-def time_host(run: Callable[[], object], *, repeats: int = 5, warmup: int = 1) -> Timing:
-    """Wall-clock time of ``run`` on the host."""
-    for _ in range(warmup):
-        run()
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        samples.append(1e3 * (time.perf_counter() - start))
-    return summarise(samples, warmup)
 
 
 def time_device(run: Callable[[], object], *, repeats: int = 20, warmup: int = 3) -> Timing:

@@ -19,8 +19,6 @@ from nsa_serve.request import (
 )
 from nsa_serve.tokenizer import Tokenizer, read_source
 
-ENDED = (FinishReason.STOP, FinishReason.LENGTH)
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:

@@ -54,10 +54,6 @@ class Checkpoint:
     sha256: str | None = None  # what the file must hash to, checked before its weights are read
 
     @property
-    def tensor_names(self) -> list[str]:
-        return list(self.tensors)
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(entry.num_bytes for entry in self.tensors.values())
