@@ -135,6 +135,22 @@ class CompressedKV:
         check(self.k.shape[:3] == self.v.shape[:3], "k and v differ in entries", k=self.k, v=self.v)
 
 
+class Branch(StrEnum):
+    """NSA's branches, in the order of the gates."""
+
+    COMPRESSED = "compressed"
+    SELECTED = "selected"
+    WINDOW = "window"
+
+
+@dataclass(frozen=True, slots=True)
+class BranchStats:
+    """What the backward pass of a gated branch needs of each query, beside the inputs."""
+
+    lse: Tensor  # [T, Hq], log2 of the sum of exponentials, less log2 of the gate
+    delta: Tensor  # [T, Hq], d_out · the branch's output
+
+
 class CompressKind(StrEnum):
     """How l tokens become one entry (φ)."""
 

@@ -11,6 +11,7 @@ from .norm_rope import add_rms_norm, qkv_norm_rope, rms_norm, swiglu
 from .sampling import add_bias, apply_penalties, gumbel_noise, mask_logits, sample, token_logprobs
 from .select_blocks import block_scores, select_blocks
 from .selected_attention import selected_attention
+from .sparse_training import gate_backward, selected_with_lse, sparse_backward, window_with_lse
 from .window_attention import window_attention
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "compressed_attention",
     "dense_attention",
     "fetch_blocks",
+    "gate_backward",
     "gated_fusion",
     "gumbel_noise",
     "kv_write",
@@ -32,8 +34,11 @@ __all__ = [
     "sample",
     "select_blocks",
     "selected_attention",
+    "selected_with_lse",
     "sparse_attention",
+    "sparse_backward",
     "swiglu",
     "token_logprobs",
     "window_attention",
+    "window_with_lse",
 ]

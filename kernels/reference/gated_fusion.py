@@ -17,17 +17,19 @@ def gated_fusion(
 ) -> Tensor:
     """Σ_c sigmoid(g^c) · out^c of the branches [T, Hq, Dv] (paper, equation 5): [T, Hq, Dv].
 
-    ``gate_logits`` [T, Hq, 3] are in the order compressed, selected, window. Sums are fp32.
+    ``gate_logits`` [T, Hq, 3] are in the order compressed, selected, window. Sums are fp32,
+    or wider where the branches are.
     """
     check(
         gate_logits.shape == (*out_selected.shape[:2], 3), "gates are not [T, Hq, 3]", g=gate_logits
     )
     check(out_compressed.shape == out_selected.shape, "branches differ", a=out_compressed)
     check(out_window.shape == out_selected.shape, "branches differ", a=out_window)
-    gates = gate_logits.float().sigmoid()
-    out = out_compressed.float() * gates[..., 0:1]
-    out.addcmul_(out_selected.float(), gates[..., 1:2])
-    out.addcmul_(out_window.float(), gates[..., 2:3])
+    wide = torch.promote_types(out_selected.dtype, torch.float32)
+    gates = gate_logits.to(wide).sigmoid()
+    out = out_compressed.to(wide) * gates[..., 0:1]
+    out.addcmul_(out_selected.to(wide), gates[..., 1:2])
+    out.addcmul_(out_window.to(wide), gates[..., 2:3])
     return out.to(out_selected.dtype)
 
 
