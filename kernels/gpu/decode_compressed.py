@@ -1,13 +1,14 @@
 """Decode-time compressed attention and block selection: split over the context, merged exactly.
 
-Two launches. The first attends every split of the visible compressed entries and leaves, per split,
-the running (maximum, sum, accumulator) and, per head and page, the logarithm of what the page's
-entries give to their own block and to the one before it: 1/2 of the raw scores in size, and free of
-the split's maximum. The second merges the splits, sums the group's block scores and takes the top n
-by a bitwise threshold search, which yields ascending indices without sorting.
+Three launches. The first attends every split of the visible compressed entries and leaves, per
+split, the (maximum, sum, accumulator) of its softmax and, per head and page, the logarithm of what
+the page's entries give to their own block and to the one before it: 1/2 of the raw scores in size,
+and free of the split's maximum. The second sums the group's block scores and takes the top n. The
+third merges the splits; on its own, because it needs few registers and the selection many.
 
-Splits follow from a row's context alone, so a row's bytes do not depend on its neighbours. The
-grid is sized by host-side bounds: a captured graph serves any context up to them.
+Splits follow from a row's context alone, so a row's bytes do not depend on its neighbours. How many
+splits one program takes in turn follows from the whole batch and changes no byte. The grid is sized
+by host-side bounds: a captured graph serves any context up to them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import triton.language as tl
 
 from ..contracts import check
 from ..shapes import CompressedKV, NSAShape, StepBatch
-from .context_splits import LOG2_E, fitting_stages, max_splits, size_of_split
-from .decode_selection import num_entry_slots, select_and_merge, select_of_chunks
+from .context_splits import LOG2_E, fitting_stages, max_splits, merged_splits, size_of_split
+from .decode_selection import num_entry_slots, select_of_chunks, select_of_pages, slots_of_token
 
 Tensor = torch.Tensor
 
@@ -37,9 +38,13 @@ class CompressedTiles:
     warps: int = 4
     stages: int = 2
     query_rows: int = 64  # tokens × heads of one program, where a row has several tokens
-    max_programs: int = 2048  # beyond these a program takes several splits in turn
-    select_blocks: int = 4096  # blocks ranked by one program
-    select_warps: int = 8
+    # A program's start costs as much as a tile or two, so it takes neighbouring splits, up to 8,
+    # as long as this many programs are left: two waves of two on each of 132 multiprocessors.
+    programs: int = 512
+    max_programs: int = 2048  # beyond these a program takes several runs of splits in turn
+    select_blocks: int = 1024  # blocks ranked by one program
+    select_scores: int = 4096  # of one tile
+    select_warps: int = 4
     merge_heads: int = 4
     scratch_bytes: int = 512 << 20
 
@@ -97,6 +102,7 @@ def _attend_splits(
     MIN_SPLIT: tl.constexpr,
     SPREAD: tl.constexpr,
     SPLITS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BATCH: tl.constexpr,  # rows, padded
     WITH_OUTPUT: tl.constexpr,
 ):
@@ -116,7 +122,11 @@ def _attend_splits(
     counts = tl.cdiv(slots_of_rows, size_of_split(slots_of_rows, MIN_SPLIT, SPREAD))
     here = (begins < ends) & (ends > first_token) & (begins < last_token)
     counts = tl.where(here, counts, 0)
-    numbered = tl.cumsum(counts, 0)  # splits of the rows up to each
+    run = 1  # splits of one item
+    for _ in tl.static_range(3):
+        run = tl.where(tl.sum(counts, 0) * HKV >= 2 * run * PROGRAMS, 2 * run, run)
+    counts = tl.cdiv(counts, run)
+    numbered = tl.cumsum(counts, 0)  # runs of the rows up to each
     rows = tl.arange(0, ROWS)
     dk = tl.arange(0, DK_PAD)
     dv = tl.arange(0, DV_PAD)
@@ -125,13 +135,13 @@ def _attend_splits(
     prev_weight = tl.maximum(OVERLAP - 1 - slot_in_page, 0).to(tl.float32)
     for item in range(tl.program_id(1), tl.sum(counts, 0), tl.num_programs(1)):
         row = tl.sum((numbered <= item).to(tl.int32), 0)
-        split = item - tl.sum(tl.where(every < row, counts, 0), 0)
+        place = item - tl.sum(tl.where(every < row, counts, 0), 0)
         row_first = tl.load(cu_seqlens_ptr + row)
         row_last = tl.load(cu_seqlens_ptr + row + 1)
         num_slots = num_entry_slots(tl.load(context_lens_ptr + row), LEN, STRIDE)
         size = size_of_split(num_slots, MIN_SPLIT, SPREAD)
-        begin = split * size
-        end = tl.minimum(begin + size, num_slots)
+        begin = place * run * size
+        end = tl.minimum(begin + run * size, num_slots)
         tokens = row_first + token_tile * TOKENS + rows // GROUP
         live = (rows < TOKENS * GROUP) & (tokens < row_last)
         live &= (tokens >= first_token) & (tokens < last_token)
@@ -196,11 +206,53 @@ def _attend_splits(
                     tl.store(own_ptr + at, _log2(own) + shift[:, None], mask=keep)
                     tl.store(prev_ptr + at, _log2(prev) + shift[:, None], mask=keep)
                 block = following.to(tl.int64)
-            tl.store(max_ptr + out_at * SPLITS + split, top, mask=live)
-            tl.store(sum_ptr + out_at * SPLITS + split, total, mask=live)
-            if WITH_OUTPUT:
-                at = (out_at * SPLITS + split)[:, None] * DV + dv[None, :]
-                tl.store(acc_ptr + at, acc, mask=live[:, None] & (dv < DV)[None, :])
+                done = ((start + ENTRIES) % size == 0) | (start + ENTRIES >= end)
+                if done:
+                    split_at = out_at * SPLITS + start // size
+                    tl.store(max_ptr + split_at, top, mask=live)
+                    tl.store(sum_ptr + split_at, total, mask=live)
+                    if WITH_OUTPUT:
+                        keep = live[:, None] & (dv < DV)[None, :]
+                        tl.store(acc_ptr + split_at[:, None] * DV + dv[None, :], acc, mask=keep)
+                # The next split starts from an empty softmax; its first decay empties the sums.
+                top = tl.where(done, float("-inf"), top)
+
+
+@triton.jit(do_not_specialize=["first_token"])
+def _merge_splits(
+    token_rows_ptr,
+    positions_ptr,
+    context_lens_ptr,
+    max_ptr,
+    sum_ptr,
+    acc_ptr,
+    out_ptr,  # [T, Hq, Dv]
+    first_token,
+    HQ: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    LEN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    scratch_token = tl.program_id(1)
+    token = first_token + scratch_token
+    live = heads < HQ
+    num_slots = slots_of_token(positions_ptr, token_rows_ptr, context_lens_ptr, token, LEN, STRIDE)
+    num_splits = tl.cdiv(num_slots, size_of_split(num_slots, MIN_SPLIT, SPREAD))
+    out = merged_splits(
+        max_ptr, sum_ptr, acc_ptr, scratch_token.to(tl.int64) * HQ + heads, live, num_splits,
+        DV, DV_PAD, SPLITS, SPLITS_PAD,
+    )  # fmt: skip
+    dv = tl.arange(0, DV_PAD)
+    out_at = (token.to(tl.int64) * HQ + heads)[:, None] * DV + dv[None, :]
+    keep = live[:, None] & (dv < DV)[None, :]
+    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +343,7 @@ def _launch_splits(
         ROWS=max(16, triton.next_power_of_2(tokens * group)),
         LEN=nsa.compress_len, STRIDE=nsa.compress_stride, PAGE=nsa.page, SELECTED=nsa.num_selected,
         ENTRIES=entries, MIN_SPLIT=tiles.min_split,
-        SPREAD=tiles.spread, SPLITS=plan.splits,
+        SPREAD=tiles.spread, SPLITS=plan.splits, PROGRAMS=tiles.programs,
         BATCH=max(32, triton.next_power_of_2(batch.num_rows)), WITH_OUTPUT=with_output,
         num_warps=tiles.warps,
         num_stages=fitting_stages(tiles.stages, entries * entry_bytes),
@@ -301,7 +353,6 @@ def _launch_splits(
 def _launch_selection(
     batch: StepBatch,
     scratch: _Scratch,
-    out: Tensor | None,
     selection: Tensor,
     first: int,
     last: int,
@@ -309,22 +360,17 @@ def _launch_selection(
     nsa: NSAShape,
     tiles: CompressedTiles,
 ) -> None:
-    group, n = plan.hq // plan.hkv, nsa.num_selected
-    merge_heads = min(tiles.merge_heads, triton.next_power_of_2(group))
-    parts = plan.chunks + (0 if out is None else triton.cdiv(group, merge_heads))
-    n_pad = triton.next_power_of_2(n)
-    select_and_merge[parts, plan.hkv, last - first](
+    n, n_pad = nsa.num_selected, triton.next_power_of_2(nsa.num_selected)
+    select_of_pages[plan.chunks, plan.hkv, last - first](
         batch.positions, batch.token_rows, batch.context_lens,
-        scratch.top, scratch.total, scratch.acc, scratch.own, scratch.prev,
-        scratch.acc if out is None else out, selection, scratch.keys, scratch.blocks,
-        first, plan.pages,
-        HQ=plan.hq, HKV=plan.hkv, DV=plan.dv, DV_PAD=triton.next_power_of_2(plan.dv),
-        LEN=nsa.compress_len, STRIDE=nsa.compress_stride, PAGE=nsa.page,
+        scratch.top, scratch.total, scratch.own, scratch.prev,
+        selection, scratch.keys, scratch.blocks, first, plan.pages,
+        HQ=plan.hq, HKV=plan.hkv, LEN=nsa.compress_len, STRIDE=nsa.compress_stride, PAGE=nsa.page,
         SELECTED=n, SELECTED_PAD=n_pad, INITIAL=nsa.num_initial, LOCAL=nsa.num_local,
         MIN_SPLIT=tiles.min_split, SPREAD=tiles.spread, SPLITS=plan.splits,
         SPLITS_PAD=triton.next_power_of_2(plan.splits), CHUNK=plan.chunk, CHUNKS=plan.chunks,
-        SCORES=2048 * tiles.select_warps, GROUP_PAD=triton.next_power_of_2(group),
-        MERGE_HEADS=merge_heads, num_warps=tiles.select_warps,
+        SCORES=tiles.select_scores, GROUP_PAD=triton.next_power_of_2(plan.hq // plan.hkv),
+        num_warps=tiles.select_warps,
     )  # fmt: skip
     if plan.chunks > 1:
         candidates = plan.chunks * n
@@ -333,6 +379,27 @@ def _launch_selection(
             HKV=plan.hkv, SELECTED=n, SELECTED_PAD=n_pad, CANDIDATES=candidates,
             CANDIDATES_PAD=triton.next_power_of_2(candidates), num_warps=1,
         )  # fmt: skip
+
+
+def _launch_merge(
+    batch: StepBatch,
+    scratch: _Scratch,
+    out: Tensor,
+    first: int,
+    last: int,
+    plan: _Plan,
+    nsa: NSAShape,
+    tiles: CompressedTiles,
+) -> None:
+    heads = min(tiles.merge_heads, triton.next_power_of_2(plan.hq))
+    _merge_splits[triton.cdiv(plan.hq, heads), last - first](
+        batch.token_rows, batch.positions, batch.context_lens,
+        scratch.top, scratch.total, scratch.acc, out, first,
+        HQ=plan.hq, DV=plan.dv, DV_PAD=triton.next_power_of_2(plan.dv),
+        LEN=nsa.compress_len, STRIDE=nsa.compress_stride,
+        MIN_SPLIT=tiles.min_split, SPREAD=tiles.spread, SPLITS=plan.splits,
+        SPLITS_PAD=triton.next_power_of_2(plan.splits), HEADS=heads, num_warps=4,
+    )  # fmt: skip
 
 
 def decode_compressed_attention(
@@ -365,5 +432,7 @@ def decode_compressed_attention(
     for first in range(0, batch.num_tokens, plan.tokens):
         last = min(first + plan.tokens, batch.num_tokens)
         _launch_splits(q, compressed, batch, scratch, first, last, plan, nsa, with_output, tiles)
-        _launch_selection(batch, scratch, out, selection, first, last, plan, nsa, tiles)
+        _launch_selection(batch, scratch, selection, first, last, plan, nsa, tiles)
+        if out is not None:
+            _launch_merge(batch, scratch, out, first, last, plan, nsa, tiles)
     return out, selection

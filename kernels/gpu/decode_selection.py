@@ -1,4 +1,4 @@
-"""Second half of decode's compressed attention: scores of blocks, the top n, and merged outputs.
+"""Second half of decode's compressed attention: scores of blocks, and the top n.
 
 The top n are found by a bitwise search for the threshold, which yields ascending indices without
 sorting. Where a context has more blocks than one program ranks, each chunk of blocks answers its
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .context_splits import log_sum, merged_splits, size_of_split
+from .context_splits import log_sum, size_of_split
 
 
 @triton.jit
@@ -18,6 +18,15 @@ def num_entry_slots(context, LEN: tl.constexpr, STRIDE: tl.constexpr):
     """Entry slots of a row, up to and including its last visible entry; 0 where none is."""
     visible = tl.where(context < LEN, 0, (context - LEN) // STRIDE + 1)
     return tl.where(visible > 0, visible + LEN // STRIDE - 1, 0)
+
+
+@triton.jit
+def slots_of_token(
+    positions_ptr, token_rows_ptr, context_lens_ptr, token, LEN: tl.constexpr, STRIDE: tl.constexpr
+):
+    """``num_entry_slots`` of a token's row; 0 for padding."""
+    context = tl.load(context_lens_ptr + tl.load(token_rows_ptr + token))
+    return num_entry_slots(tl.where(tl.load(positions_ptr + token) < 0, 0, context), LEN, STRIDE)
 
 
 @triton.jit
@@ -167,16 +176,14 @@ def _rank_blocks(
 
 
 @triton.jit(do_not_specialize=["first_token"])
-def select_and_merge(
+def select_of_pages(
     positions_ptr,
     token_rows_ptr,
     context_lens_ptr,
     max_ptr,
     sum_ptr,
-    acc_ptr,
     own_ptr,
     prev_ptr,
-    out_ptr,  # [T, Hq, Dv]
     selection_ptr,  # [T, Hkv, n]
     key_ptr,  # [tokens, Hkv, chunks, n], where there is more than one chunk
     block_ptr,
@@ -184,8 +191,6 @@ def select_and_merge(
     num_pages,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
     LEN: tl.constexpr,
     STRIDE: tl.constexpr,
     PAGE: tl.constexpr,
@@ -201,7 +206,6 @@ def select_and_merge(
     CHUNKS: tl.constexpr,
     SCORES: tl.constexpr,  # of one tile
     GROUP_PAD: tl.constexpr,
-    MERGE_HEADS: tl.constexpr,
 ):
     # Tiles of blocks of three sizes: the chunk follows from a bound, most contexts are far shorter.
     FEW: tl.constexpr = CHUNK if CHUNK < 128 else 128
@@ -211,53 +215,38 @@ def select_and_merge(
     scratch_token = tl.program_id(2)
     token = first_token + scratch_token
     position = tl.load(positions_ptr + token).to(tl.int32)
-    row = tl.load(token_rows_ptr + token)
-    context = tl.where(position < 0, 0, tl.load(context_lens_ptr + row))
-    num_slots = num_entry_slots(context, LEN, STRIDE)
+    num_slots = slots_of_token(positions_ptr, token_rows_ptr, context_lens_ptr, token, LEN, STRIDE)
     num_splits = tl.cdiv(num_slots, size_of_split(num_slots, MIN_SPLIT, SPREAD))
-    if part < CHUNKS:
-        first = part * CHUNK
-        current = tl.where(position < 0, -1, position // PAGE)
-        scored_pages = tl.cdiv(num_slots, PAGE // STRIDE)
-        if CHUNKS == 1:
-            to = selection_ptr + (token.to(tl.int64) * HKV + head) * SELECTED
-            key_to = to
-        else:
-            at = ((scratch_token.to(tl.int64) * HKV + head) * CHUNKS + part) * SELECTED
-            to = block_ptr + at
-            key_to = key_ptr + at
-        if (current < SELECTED) | (current < first):
-            _list_blocks(to, key_to, current + 1 - first, first, SELECTED, SELECTED_PAD, CHUNKS > 1)
-        elif current - first < FEW:
-            _rank_blocks(
-                max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
-                current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
-                SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, FEW, CHUNKS > 1,
-            )  # fmt: skip
-        elif current - first < SOME:
-            _rank_blocks(
-                max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
-                current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
-                SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, SOME, CHUNKS > 1,
-            )  # fmt: skip
-        else:
-            _rank_blocks(
-                max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
-                current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
-                SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, CHUNK, CHUNKS > 1,
-            )  # fmt: skip
+    first = part * CHUNK
+    current = tl.where(position < 0, -1, position // PAGE)
+    scored_pages = tl.cdiv(num_slots, PAGE // STRIDE)
+    if CHUNKS == 1:
+        to = selection_ptr + (token.to(tl.int64) * HKV + head) * SELECTED
+        key_to = to
     else:
-        in_group = (part - CHUNKS) * MERGE_HEADS + tl.arange(0, MERGE_HEADS)
-        live = in_group < HQ // HKV
-        heads = head * (HQ // HKV) + in_group
-        out = merged_splits(
-            max_ptr, sum_ptr, acc_ptr, scratch_token.to(tl.int64) * HQ + heads, live, num_splits,
-            DV, DV_PAD, SPLITS, SPLITS_PAD,
+        at = ((scratch_token.to(tl.int64) * HKV + head) * CHUNKS + part) * SELECTED
+        to = block_ptr + at
+        key_to = key_ptr + at
+    if (current < SELECTED) | (current < first):
+        _list_blocks(to, key_to, current + 1 - first, first, SELECTED, SELECTED_PAD, CHUNKS > 1)
+    elif current - first < FEW:
+        _rank_blocks(
+            max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
+            current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
+            SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, FEW, CHUNKS > 1,
         )  # fmt: skip
-        dv = tl.arange(0, DV_PAD)
-        out_at = (token.to(tl.int64) * HQ + heads)[:, None] * DV + dv[None, :]
-        keep = live[:, None] & (dv < DV)[None, :]
-        tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=keep)
+    elif current - first < SOME:
+        _rank_blocks(
+            max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
+            current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
+            SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, SOME, CHUNKS > 1,
+        )  # fmt: skip
+    else:
+        _rank_blocks(
+            max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
+            current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
+            SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, CHUNK, CHUNKS > 1,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_token"])
