@@ -62,6 +62,11 @@ class Generation:
         return len(self._requests)
 
     @property
+    def client_left(self) -> bool:
+        """Whether it ended because nobody reads it any more."""
+        return isinstance(self._error, ClientGone)
+
+    @property
     def num_tokens(self) -> int:
         return sum(len(request.prompt_token_ids) for request in self._requests)
 

@@ -18,6 +18,7 @@ logger = logging.getLogger("nsa_serve.access")
 
 HEADER = b"x-request-id"
 _SOUND_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+CLIENT_LEFT = 499  # nginx's number, whatever status the answer had begun with
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 
 
@@ -28,7 +29,7 @@ class EndedRequest:
     request_id: str
     method: str
     path: str
-    status: int  # 0: the client left before an answer began
+    status: int  # CLIENT_LEFT where nobody read the answer to its end; 0: none was sent
     start: float  # seconds on the monotonic clock
     end: float
     finals: Sequence[RequestOutput]  # of its choices, as far as they ended
@@ -94,6 +95,8 @@ class RequestLog:
         finally:
             generation = state.get("generation")
             finals = generation.finals if generation else ()
+            if generation is not None and generation.client_left:
+                status = CLIENT_LEFT
             self._tell(_ended(scope, request_id, status, start, finals))
 
     def _tell(self, ended: EndedRequest) -> None:

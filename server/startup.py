@@ -6,7 +6,15 @@ from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
 
 from ..config import EngineConfig
 from ..engine.messages import EngineDescription
@@ -21,17 +29,29 @@ from .settings import SamplingDefaults, ServerSettings
 console = Console(stderr=True, highlight=False)
 
 
-async def start_engine(config: EngineConfig) -> EngineClient:
-    """The engine, with a bar while its weights load. Ctrl-C and SIGTERM end the start."""
-    columns = (
+class _BytesRead(DownloadColumn):
+    """Bytes read of all; nothing before there are any, while the engine's modules are imported."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+def loading_bar(console: Console) -> Progress:
+    """A bar for weights that load, where there is a person to see it."""
+    return Progress(
         TextColumn("Loading {task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
+        _BytesRead(binary_units=True),
         TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
+
+
+async def start_engine(config: EngineConfig) -> EngineClient:
+    """The engine, with a bar while its weights load. Ctrl-C and SIGTERM end the start."""
+    with loading_bar(console) as progress:
         task = progress.add_task(config.source.model, total=None)
 
         def on_progress(done: int, total: int) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 
 from ..errors import EngineDead
 from ..stats import StatsSnapshot
 from .ports import Engine
 
 logger = logging.getLogger("nsa_serve")
+
+_ZERO = re.compile(r" 0(\.0)?\b(?!\.)")
 
 
 async def log_stats(engine: Engine, interval: float) -> None:
@@ -32,12 +35,17 @@ def is_busy(before: StatsSnapshot, now: StatsSnapshot) -> bool:
 
 
 def stats_line(before: StatsSnapshot, now: StatsSnapshot, seconds: float) -> str:
-    """Requests, throughput over the last ``seconds``, cache use, hit rate since the start."""
+    """Requests, throughput over the last ``seconds``, cache use, hit rate since the start.
+
+    What is 0 is left out.
+    """
     prompt = (now.prompt_tokens - before.prompt_tokens) / seconds
     generated = (now.generation_tokens - before.generation_tokens) / seconds
     hits = 100 * now.prefix_hits / now.prefix_queries if now.prefix_queries else 0.0
-    return (
-        f"running {now.num_running}, waiting {now.num_waiting} · "
-        f"prompt {prompt:.1f} tokens/s, generation {generated:.1f} tokens/s · "
-        f"cache in use {100 * now.cache_usage:.1f}%, prefix hits {hits:.1f}%"
+    groups = (
+        (f"running {now.num_running}", f"waiting {now.num_waiting}"),
+        (f"prompt {prompt:.1f} tokens/s", f"generation {generated:.1f} tokens/s"),
+        (f"cache in use {100 * now.cache_usage:.1f}%", f"prefix hits {hits:.1f}%"),
     )
+    told = (", ".join(part for part in group if not _ZERO.search(part)) for group in groups)
+    return " · ".join(filter(None, told)) or groups[0][0]

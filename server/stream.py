@@ -13,6 +13,7 @@ from ..request import RequestOutput, Usage
 from .errors import error_body, error_response, log_failure
 from .generation import ClientGone, Generation
 from .replies import Chunk, Reply
+from .request_log import CLIENT_LEFT
 
 KEEP_ALIVE = ": keep-alive\n\n"
 _HEADERS = [
@@ -66,7 +67,7 @@ async def answer_whole(generation: Generation, shape: Shape) -> Response:
             while generation.num_unfinished:
                 outputs.update(await generation.arrivals())
     except ClientGone:
-        return Response(status_code=499)  # nginx's number; it reaches only the log
+        return Response(status_code=CLIENT_LEFT)  # it reaches only the log
     ordered = [outputs[index] for index in sorted(outputs)]
     return Response(shape.whole(ordered).to_json(), media_type="application/json")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,9 +17,13 @@ from typing import Any, TextIO
 import httpx
 
 from ..errors import ConfigError
+from .log_format import LEVEL_VARIABLE
 
 _POLL = 0.2  # seconds between two looks at a server that starts
 _HELP = "Type a message. /clear forgets the conversation, /quit (or Ctrl-D) ends it.\n"
+_COMMANDS = "Commands: /clear forgets the conversation, /quit ends it.\n"
+# A path, which has a second slash in its first word, is a message.
+_COMMAND = re.compile(r"/[A-Za-z?]*(?!\S)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,11 @@ def own_server(arguments: Sequence[str]) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "nsa_serve.server.cli", "serve", *arguments]
-    process = subprocess.Popen([*command, "--port", str(port)], start_new_session=True)
+    # Its lines about requests would stand between the answers, on the same terminal.
+    environment = {LEVEL_VARIABLE: "warning", **os.environ}
+    process = subprocess.Popen(
+        [*command, "--port", str(port)], start_new_session=True, env=environment
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         _await_ready(url, process)
@@ -99,12 +109,17 @@ class Conversation:
         """Answer each line; a slash begins a command."""
         self._out.write(_HELP)
         for line in lines:
-            if line.strip() == "/quit":
-                return
-            if line.strip() == "/clear":
-                self.messages = self._first_messages()
-            elif line.strip():
-                self._answer(line)
+            match line.strip():
+                case "":
+                    pass
+                case "/quit":
+                    return
+                case "/clear":
+                    self.messages = self._first_messages()
+                case text if (command := _COMMAND.match(text)) is not None:
+                    self._out.write(f"{command[0]} is no command. {_COMMANDS}")
+                case _:
+                    self._answer(line)
 
     def _first_messages(self) -> list[dict[str, str]]:
         system = self._settings.system

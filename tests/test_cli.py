@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from io import StringIO
 import httpx
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from nsa_serve.config import EMBEDDED_MODEL, AttentionMode, DType, Policy
@@ -20,9 +22,10 @@ from nsa_serve.engine.messages import EngineDescription
 from nsa_serve.errors import CheckpointError, ConfigError
 from nsa_serve.server import cli
 from nsa_serve.server.flags import ServeFlags, parse_bytes
+from nsa_serve.server.log_format import LogFormat, configure_logging
 from nsa_serve.server.serve import is_loopback, ready_line, untrained_line
 from nsa_serve.server.settings import ReasoningParser, ToolCallParser
-from nsa_serve.server.startup import server_settings
+from nsa_serve.server.startup import loading_bar, server_settings
 from nsa_serve.server.terminal_chat import ChatSettings, Conversation
 
 serve_room = importlib.import_module("nsa_serve.server.serve")
@@ -296,6 +299,71 @@ def test_an_error_is_shown_and_its_turn_forgotten(line, reason):
     text, messages = converse(line, "hi")
     assert f"[{reason}]" in text
     assert [message["content"] for message in messages] == ["hi", "Hello"]
+
+
+@pytest.mark.parametrize("line", ["/help", "/exit now", "/", "/Clear", "/?"])
+def test_a_command_that_nobody_knows_is_answered_with_those_there_are(line):
+    text, messages = converse(line)
+    assert f"{line.split()[0]} is no command" in text
+    assert "/clear" in text.partition("is no command")[2]
+    assert messages == []
+
+
+def test_a_message_may_begin_with_a_path():
+    _, messages = converse("/etc/fstab is what?")
+    assert [message["content"] for message in messages] == ["/etc/fstab is what?", "Hello"]
+
+
+def test_the_server_of_a_chat_does_not_write_between_its_answers(monkeypatch):
+    """What it logs of requests would."""
+    program = "import os, sys; sys.exit(os.environ['NSA_SERVE_LOG_LEVEL'] != 'warning')"
+    started = []
+
+    def popen(command, **options):
+        started.append(command[-1])
+        return subprocess.Popen([sys.executable, "-c", program], **options)
+
+    monkeypatch.delenv("NSA_SERVE_LOG_LEVEL", raising=False)
+    monkeypatch.setattr(chat_room, "subprocess", types.SimpleNamespace(Popen=popen))
+    with pytest.raises(ConfigError, match="ended with code 0"), chat_room.own_server([]):
+        pass
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "level"), [(None, logging.INFO), ("warning", logging.WARNING), ("Debug", 10)]
+)
+def test_the_environment_sets_the_level_of_the_log(monkeypatch, given, level):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    if given is None:
+        monkeypatch.delenv("NSA_SERVE_LOG_LEVEL", raising=False)
+    else:
+        monkeypatch.setenv("NSA_SERVE_LOG_LEVEL", given)
+    configure_logging(LogFormat.TEXT)
+    assert logging.root.level == level
+
+
+def test_a_level_that_there_is_not_is_refused(monkeypatch):
+    monkeypatch.setenv("NSA_SERVE_LOG_LEVEL", "loud")
+    with pytest.raises(ConfigError, match="debug, info, warning, error, not 'loud'"):
+        configure_logging(LogFormat.TEXT)
+
+
+def test_the_bar_tells_of_bytes_once_there_are_some():
+    console = Console(file=StringIO(), force_terminal=True, width=100)
+    with loading_bar(console) as bar:
+        task = bar.add_task("m", total=None)
+
+        def shown():
+            with console.capture() as taken:
+                console.print(bar.get_renderable())
+            return taken.get()
+
+        assert "Loading m" in shown()
+        assert "/?" not in shown()
+        bar.update(task, completed=1 << 20, total=4 << 20)
+        assert "1.0/4.0 MiB" in shown()
 
 
 def test_a_chat_with_a_url_starts_no_server(monkeypatch):

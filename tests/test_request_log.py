@@ -86,6 +86,41 @@ def test_a_refused_request_leaves_a_line_that_does_not_echo_it(caplog):
     assert SECRET not in caplog.text
 
 
+def test_a_client_that_leaves_is_told_of_whatever_the_answer_had_begun_with(caplog):
+    body = json.dumps(chat(stream=True)).encode()
+    incoming = [{"type": "http.request", "body": body}]
+
+    async def scenario():
+        async with fake_server() as server:
+            server.engine.gate.clear()
+            begun = asyncio.Event()
+            statuses = []
+
+            async def receive():
+                if incoming:
+                    return incoming.pop()
+                await begun.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                statuses.append(message.get("status"))
+                begun.set()
+
+            headers = [(b"content-type", b"application/json")]
+            scope = {
+                "type": "http", "method": "POST", "path": "/v1/chat/completions",
+                "headers": headers, "query_string": b"", "asgi": {"version": "3.0"},
+            }  # fmt: skip
+            await server.client._transport.app(scope, receive, send)
+            return statuses[0]
+
+    with caplog.at_level(logging.INFO):
+        assert asyncio.run(scenario()) == 200
+    (record,) = records(caplog)
+    assert record.fields["status"] == 499
+    assert "/v1/chat/completions 499 in" in record.getMessage()
+
+
 def test_probes_are_below_the_level_of_the_log(caplog):
     with caplog.at_level(logging.INFO):
         for path in ("/health", "/ready", "/metrics"):

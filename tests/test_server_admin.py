@@ -192,6 +192,26 @@ def test_the_line_of_statistics_tells_of_the_last_seconds():
     )
 
 
+@pytest.mark.parametrize(
+    ("counted", "gauges", "line"),
+    [
+        ({"generation_tokens": 107}, {"num_running": 3}, "running 3 · generation 10.0 tokens/s"),
+        ({"prompt_tokens": 3}, {"num_waiting": 1}, "waiting 1 · prompt 0.3 tokens/s"),
+        ({}, {"num_blocks_in_use": 1}, "cache in use 12.5%"),
+        ({}, {}, "running 0"),
+    ],
+)
+def test_what_is_0_is_not_in_the_line_of_statistics(counted, gauges, line):
+    before = EngineStats(generation_tokens=7).snapshot(
+        num_running=0, num_waiting=0, num_blocks=8, num_blocks_in_use=0, num_blocks_cached=0
+    )
+    quiet = {"num_running": 0, "num_waiting": 0, "num_blocks_in_use": 0}
+    now = EngineStats(**{"generation_tokens": 7, **counted}).snapshot(
+        **{**quiet, **gauges}, num_blocks=8, num_blocks_cached=0
+    )
+    assert stats_line(before, now, 10.0) == line
+
+
 def test_an_idle_engine_is_not_told_of():
     idle = EngineStats(num_steps=9).snapshot(
         num_running=0, num_waiting=0, num_blocks=8, num_blocks_in_use=0, num_blocks_cached=3

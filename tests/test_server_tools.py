@@ -219,6 +219,24 @@ def test_a_named_function_is_the_one_that_is_called():
     assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
 
 
+@pytest.mark.parametrize("kept", [len('[{"na'), len(FORCED) - len('e", "arguments": {}}]')])
+def test_forced_calls_cut_by_their_length_leave_nothing_in_the_content(kept):
+    async def ask(server, stream):
+        server.engine.reason = FinishReason.LENGTH
+        return await server.chat(
+            tools=[WEATHER, TIME], tool_choice="required", max_tokens=kept, stream=stream
+        )
+
+    whole, *_ = serve(lambda server: ask(server, False), reply=FORCED)
+    streamed, *_ = serve(lambda server: ask(server, True), reply=FORCED)
+    choice = whole.json()["choices"][0]
+    deltas = [chunk["choices"][0]["delta"] for chunk in events(streamed)]
+    assert choice["finish_reason"] == "length"
+    assert not choice["message"]["content"]
+    assert not any(delta.get("content") for delta in deltas)
+    assert ("tool_calls" in choice["message"]) == (kept > len(FORCED) // 2)
+
+
 def test_required_without_parallel_calls_is_one_call():
     _, request = chat(FORCED, tool_choice="required", parallel_tool_calls=False)
     assert not grammar_of(request).is_valid(json.loads(FORCED))

@@ -98,7 +98,9 @@ def main() -> int:
     # A crash in native code, and a server that finds the engine frozen, leave stacks in the log.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # The server has checked the level.
+    level = os.environ.get("NSA_SERVE_LOG_LEVEL", "INFO").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     folder = sys.argv[1]
     config = config_decoder.decode(read_frame(sys.stdin.buffer))
     threading.Thread(target=_leave_with_server, args=(folder,), daemon=True).start()

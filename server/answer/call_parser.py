@@ -23,6 +23,7 @@ class CallForm:
     closing: str
     bare: bool = False  # whether a text may begin with a call, without a mark
     between: str = "\n"  # from one call to the next
+    alone: bool = False  # a grammar allows calls only: what is none yet at the end was cut
 
 
 # Qwen2.5, Qwen3 and the Hermes models.
@@ -30,7 +31,7 @@ HERMES = CallForm("<tool_call>", "</tool_call>")
 # Llama 3.1 to 3.3: bare objects.
 LLAMA3_JSON = CallForm("<|python_tag|>", "", bare=True, between="; ")
 # What a grammar makes of a text that must be calls: a list of them.
-CALL_LIST = CallForm("", "", bare=True)
+CALL_LIST = CallForm("", "", bare=True, alone=True)
 
 
 class CallParser(TextMachine):
@@ -51,6 +52,8 @@ class CallParser(TextMachine):
 
     def finish(self) -> Iterator[Event]:
         """The events that the end of the text brings."""
+        if self._form.alone:
+            return
         if self._state == self._in_call and not self._announced:
             yield Content(self._kept + "".join(self._reader.kept))
         elif self._state == self._before_call:
