@@ -12,6 +12,7 @@ import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Self
 
 import zmq
@@ -134,6 +135,19 @@ class EngineClient:
             await self._heard.wait()
         if self._dead is not None:
             raise self._dead
+
+    def cpu_seconds(self) -> float | None:
+        """Processor time of the process, if it computes on the CPU and the system (Linux) tells.
+
+        Whoever waits for a GPU spins, whether the GPU gets on or not.
+        """
+        if self.engine.device != "cpu":
+            return None
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def dump_stacks(self) -> None:
         """Have the engine write the stacks of all its threads to the log.

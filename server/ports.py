@@ -18,6 +18,9 @@ class Engine(Protocol):
     async def ping(self, timeout: float) -> None:
         """Return once the engine loop has answered; else ``TimeoutError`` or ``EngineDead``."""
 
+    def cpu_seconds(self) -> float | None:
+        """Processor time that it has taken; None where that says nothing about its steps."""
+
     def dump_stacks(self) -> None:
         """Have the engine write the stacks of all its threads to the log, if it still can."""
 

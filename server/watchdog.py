@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from enum import StrEnum
 
 from ..errors import NSAServeError
 from .ports import Engine
 
 logger = logging.getLogger("nsa_serve")
+
+NUM_LOOKS = 7  # at the engine's processor time while its patience lasts
+# An engine that computes on a CPU is given this many seconds, or as many times its slowest answer
+# of late: cores that others use too make any step long.
+COMPUTE_SECONDS = 120.0
+COMPUTE_FACTOR = 4.0
+NUM_REMEMBERED = 64  # answers
 
 
 class EngineState(StrEnum):
@@ -19,17 +27,23 @@ class EngineState(StrEnum):
 
 
 class Watchdog:
-    """Knows the engine's state. ``patience``: seconds for the engine's loop to turn once."""
+    """Knows the engine's state. ``patience``: seconds for a sign of life.
+
+    That is a turn of the engine's loop or, of an engine that computes on the CPU, processor time:
+    its step may be a long one, which a stopped or locked process doesn't go on with. For how long
+    that counts follows from what its steps have taken.
+    """
 
     def __init__(self, engine: Engine, patience: float) -> None:
         self._engine = engine
         self._patience = patience
         self._known = EngineState.OK
         self._watching = False
+        self._answered_in: deque[float] = deque(maxlen=NUM_REMEMBERED)  # seconds
 
     async def watch(self, interval: float) -> None:
         """Ask every ``interval`` seconds until the engine is dead: a freeze is known after at most
-        ``interval`` and the patience.
+        ``interval`` and the patience, or the patience and one look more.
         """
         self._watching = True
         try:
@@ -42,23 +56,45 @@ class Watchdog:
         """As of the last question; where nobody watches, it is asked now."""
         return self._known if self._watching else await self._ask()
 
+    @property
+    def compute_limit(self) -> float:
+        """Seconds after which an engine that computes counts as frozen too."""
+        return max(COMPUTE_SECONDS, COMPUTE_FACTOR * max(self._answered_in, default=0.0))
+
     async def _ask(self) -> EngineState:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
         before, self._known = self._known, await self._answer()
+        seconds = loop.time() - start
+        if self._known is EngineState.OK:
+            self._answered_in.append(seconds)
         if self._known is EngineState.FROZEN and before is not EngineState.FROZEN:
-            self._tell_frozen()
+            logger.error("the engine has not answered in %.1f s; its stacks follow", seconds)
+            self._engine.dump_stacks()
         elif self._known is EngineState.OK and before is EngineState.FROZEN:
             logger.warning("the engine answers again")
         return self._known
 
     async def _answer(self) -> EngineState:
+        asked = asyncio.ensure_future(self._engine.ping(self.compute_limit))
         try:
-            await self._engine.ping(self._patience)
+            await self._await_life(asked)
+            if not asked.done():
+                return EngineState.FROZEN
+            asked.result()
         except TimeoutError:
             return EngineState.FROZEN
         except NSAServeError:
             return EngineState.DEAD
+        finally:
+            asked.cancel()
         return EngineState.OK
 
-    def _tell_frozen(self) -> None:
-        logger.error("the engine has not answered in %g s; its stacks follow", self._patience)
-        self._engine.dump_stacks()
+    async def _await_life(self, asked: asyncio.Future[None]) -> None:
+        """Wait for the answer, for as long as there are signs of life."""
+        quiet, spent = 0, self._engine.cpu_seconds()
+        while quiet < NUM_LOOKS and not asked.done():
+            await asyncio.wait((asked,), timeout=self._patience / NUM_LOOKS)
+            before, spent = spent, self._engine.cpu_seconds()
+            computes = before is not None and spent is not None and spent > before
+            quiet = 0 if computes else quiet + 1

@@ -26,6 +26,9 @@ class InProcessEngine:
     async def ping(self, timeout: float) -> None:
         return
 
+    def cpu_seconds(self) -> float | None:
+        return None
+
     def dump_stacks(self) -> None:
         return
 

@@ -186,6 +186,9 @@ class FakeEngine:
         if self.frozen:
             raise TimeoutError
 
+    def cpu_seconds(self) -> float | None:
+        return None
+
     def dump_stacks(self) -> None:
         self.num_dumps += 1
 

@@ -9,10 +9,12 @@ import os
 import signal
 
 import httpx
+import msgspec
 import pytest
 
 from nsa_serve.config import EngineConfig
 from nsa_serve.errors import EngineDead
+from nsa_serve.server import watchdog as watchdog_room
 from nsa_serve.server.app import create_app
 from nsa_serve.server.client import EngineClient
 from nsa_serve.server.serve import WATCH_INTERVAL
@@ -71,6 +73,54 @@ def test_a_watched_engine_is_not_waited_for():
     assert asyncio.run(scenario()) is EngineState.OK
 
 
+class Computing(FakeEngine):
+    """An engine in a step that takes ``num_looks`` looks at its processor time, which it uses."""
+
+    def __init__(self, num_looks, *, ends):
+        super().__init__()
+        self.answers = asyncio.Event()
+        self.looks = 0
+        self._num_looks = num_looks
+        self._ends = ends
+
+    def cpu_seconds(self):
+        self.looks = min(self.looks + 1, self._num_looks)
+        if self._ends and self.looks == self._num_looks:
+            self.answers.set()
+        return float(self.looks)
+
+    async def ping(self, timeout):
+        async with asyncio.timeout(timeout):
+            await self.answers.wait()
+
+
+def test_an_engine_that_computes_lives_and_one_that_stops_at_it_is_frozen():
+    async def scenario():
+        working, stopped = Computing(60, ends=True), Computing(60, ends=False)
+        found = await asyncio.gather(*(Watchdog(e, 0.007).state() for e in (working, stopped)))
+        return found, stopped.looks, stopped.num_dumps
+
+    states, looks, num_dumps = asyncio.run(scenario())
+    assert states == [EngineState.OK, EngineState.FROZEN]
+    assert (looks, num_dumps) == (60, 1)
+
+
+def test_how_long_computing_counts_as_life_follows_the_slowest_answer_of_late(monkeypatch):
+    async def scenario():
+        slow = Watchdog(Computing(30, ends=True), 0.007)
+        before = slow.compute_limit
+        await slow.state()
+        monkeypatch.setattr(watchdog_room, "COMPUTE_SECONDS", 0.05)
+        # So long that it would never end otherwise.
+        endless = await Watchdog(Computing(10**9, ends=False), 0.007).state()
+        return before, slow.compute_limit, endless
+
+    before, after, endless = asyncio.run(scenario())
+    assert before == 120
+    assert after > 4 * 25 * 0.001  # of 29 looks a millisecond apart
+    assert endless is EngineState.FROZEN
+
+
 def test_the_watch_ends_with_the_engine():
     async def scenario():
         engine = FakeEngine()
@@ -85,7 +135,8 @@ def test_the_watch_ends_with_the_engine():
 
 def test_a_freeze_is_known_within_ten_seconds():
     settings = ServerSettings(model_names=("m",), max_model_len=1, vocab_size=1)
-    assert WATCH_INTERVAL + settings.health_timeout < 10
+    patience = settings.health_timeout
+    assert max(WATCH_INTERVAL + patience, patience + patience / watchdog_room.NUM_LOOKS) < 10
 
 
 @contextlib.asynccontextmanager
@@ -124,6 +175,9 @@ def test_an_engine_that_is_stopped_or_stuck_is_unhealthy_and_shows_where_it_stan
 
     async def scenario():
         async with mock_engine(rate=1e-3) as (engine, client):
+            assert engine.cpu_seconds() is None
+            engine.engine = msgspec.structs.replace(engine.engine, device="cpu")
+            assert engine.cpu_seconds() > 0
             await _until_status(client, 200)
             os.kill(engine._process.pid, signal.SIGSTOP)
             await _until_status(client, 503)
@@ -139,6 +193,8 @@ def test_an_engine_that_is_stopped_or_stuck_is_unhealthy_and_shows_where_it_stan
             os.kill(engine._process.pid, signal.SIGKILL)
             with pytest.raises(EngineDead):
                 await reading
+            await engine.died()
+            assert engine.cpu_seconds() is None
             return ready, (await client.get("/health")).json()
 
     assert asyncio.run(scenario()) == ({"status": "frozen"}, {"status": "dead"})
