@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,18 @@ import uvloop
 
 from .front_end_load import conditions
 from .report import save_json
-from .server_process import ServerUnderTest, resident_bytes, serving
+from .server_process import ServerUnderTest, cpu_seconds, resident_bytes, serving
 
 STUCK_SECONDS = 600.0  # a request that takes longer counts as stuck
 SAMPLE_SECONDS = 5.0
 WARMUP_SHARE = 0.25  # of the samples, before which caches and pools still fill
 MAX_GROWTH = 0.02
+# Gauges of what is held, all 0 in the end, and counters of how accepted requests end.
+HELD = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+ENDS = (
+    *("request_success_total", "request_aborted_total", "request_errored_total"),
+    "request_timed_out_total",
+)
 SHARED = "The committee met on the first Monday of the month and heard what follows. " * 12
 
 
@@ -65,6 +72,7 @@ class Record:
     server_bytes: list[int] = field(default_factory=list)
     engine_bytes: list[int] = field(default_factory=list)
     slowest: float = 0.0
+    num_choices: int = 0  # of requests that the server began to answer: the engine's requests
 
     @property
     def num_requests(self) -> int:
@@ -109,9 +117,11 @@ async def _pieces(reader: asyncio.StreamReader, head: bytes) -> AsyncIterator[by
     await reader.readexactly(2)
 
 
-async def ask(connection: Connection, plan: Plan) -> str:
+async def ask(connection: Connection, plan: Plan, record: Record) -> str:
     """Make one request; how it ended: done, left, refused, or in words what was wrong."""
     status, pieces = await connection.post(plan.path, plan.body)
+    if status == 200:
+        record.num_choices += plan.body["n"]
     parts: list[bytes] = []
     async for piece in pieces:
         parts.append(piece)
@@ -163,7 +173,7 @@ class Soak:
             start = time.monotonic()
             try:
                 async with asyncio.timeout(STUCK_SECONDS):
-                    end = await ask(connection, Plan.draw(chance, self._max_tokens))
+                    end = await self._ask(connection, chance)
             except (TimeoutError, OSError, EOFError) as error:
                 end = f"{type(error).__name__}: {error}"
                 connection.close()
@@ -174,6 +184,9 @@ class Soak:
                 self.record.ends["wrong"] += 1
                 self.record.wrong.append(end)
         connection.close()
+
+    async def _ask(self, connection: Connection, chance: random.Random) -> str:
+        return await ask(connection, Plan.draw(chance, self._max_tokens), self.record)
 
     async def _sample(self) -> None:
         engine = self._server.engine_pid
@@ -192,27 +205,33 @@ def growth(samples: list[int]) -> float:
     return (sum(after) / len(after)) / (sum(before) / len(before)) - 1
 
 
-async def left_over(port: int) -> dict[str, float]:
-    """What the metrics say is still held once all clients are gone; all of it should be 0."""
-    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-    found = dict.fromkeys(names, 1.0)
-    deadline = time.monotonic() + 60
-    while any(found.values()) and time.monotonic() < deadline:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /metrics HTTP/1.1\r\nhost: soak\r\nconnection: close\r\n\r\n")
-        page = (await reader.read(-1)).decode()
-        writer.close()
-        for line in page.splitlines():
-            name, _, value = line.partition("{")
-            short = name.partition(":")[2]
-            if short in found:
-                found[short] = float(value.rpartition(" ")[2])
-        await asyncio.sleep(0.2)
+async def metrics(port: int) -> dict[str, float]:
+    """What the server says of itself: each number's name without its prefix, summed over labels."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nhost: soak\r\nconnection: close\r\n\r\n")
+    page = (await reader.read(-1)).decode()
+    writer.close()
+    found: dict[str, float] = defaultdict(float)
+    for line in page.splitlines():
+        name, brace, value = line.partition("{")
+        if brace and not line.startswith("#"):
+            found[name.partition(":")[2]] += float(value.rpartition(" ")[2])
     return found
+
+
+async def at_rest(port: int) -> dict[str, float]:
+    """The metrics once nothing is held any more, or after a minute."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = await metrics(port)
+        if not any(found[name] for name in HELD) or time.monotonic() > deadline:
+            return found
+        await asyncio.sleep(0.2)
 
 
 async def soak(server: ServerUnderTest, asked: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
+    before = _cpu_seconds(server)
     run = Soak(
         server,
         deadline=start + 60 * asked.minutes,
@@ -220,8 +239,12 @@ async def soak(server: ServerUnderTest, asked: argparse.Namespace) -> dict[str, 
         max_tokens=asked.max_tokens,
     )
     record = await run.run(asked.clients)
+    seconds = time.monotonic() - start
+    busy = {name: round(s - before[name], 1) for name, s in _cpu_seconds(server).items()}
+    counted = await at_rest(server.port)
     return {
-        "seconds": time.monotonic() - start,
+        "seconds": seconds,
+        "cpu_seconds": busy,
         "requests": record.num_requests,
         "ends": dict(record.ends),
         "wrong": record.wrong[:20],
@@ -230,7 +253,18 @@ async def soak(server: ServerUnderTest, asked: argparse.Namespace) -> dict[str, 
         "engine_growth": growth(record.engine_bytes),
         "server_mib": [round(n / 2**20, 1) for n in record.server_bytes[:: _stride(record)]],
         "engine_mib": [round(n / 2**20, 1) for n in record.engine_bytes[:: _stride(record)]],
-        "left_over": await left_over(server.port),
+        "choices_accepted": record.num_choices,
+        "choices_ended": int(sum(counted[name] for name in ENDS)),
+        "left_over": {name: counted[name] for name in HELD},
+    }
+
+
+def _cpu_seconds(server: ServerUnderTest) -> dict[str, float]:
+    """Processor time by process; the client is this one."""
+    return {
+        "server": cpu_seconds(server.pid),
+        "engine": cpu_seconds(server.engine_pid),
+        "client": time.process_time(),
     }
 
 
@@ -243,6 +277,8 @@ def faults(record: dict[str, Any]) -> list[str]:
     """What is not as it should be."""
     found = [f"wrong answers: {record['wrong']}"] if record["wrong"] else []
     found += [f"left over: {record['left_over']}"] if any(record["left_over"].values()) else []
+    if record["choices_accepted"] != record["choices_ended"]:
+        found.append(f"of {record['choices_accepted']} {record['choices_ended']} ended")
     for name in ("server_growth", "engine_growth"):
         if record[name] > MAX_GROWTH:
             found.append(f"{name} {record[name]:.1%} is above {MAX_GROWTH:.0%}")
@@ -255,19 +291,24 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="end after so many, if the time allows")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--mock-engine", action="store_true", help="no model: many requests")
+    parser.add_argument(
+        "--mock-engine", type=float, metavar="RATE", help="no model: that many tokens/s each"
+    )
     parser.add_argument("--result", type=Path, default=Path("bench-results/soak.json"))
     asked = parser.parse_args()
     flags = ["--max-num-seqs", "64", "--kv-cache-memory-bytes", "256M"]
-    flags += ["--mock-engine", "10000"] if asked.mock_engine else ["--attention", "nsa"]
+    rate = asked.mock_engine
+    flags += ["--mock-engine", str(rate)] if rate else ["--attention", "nsa"]
     with (
         serving(*flags) as server,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         record = {
             **conditions(),
-            "engine": "mock" if asked.mock_engine else "embedded model, NSA",
+            "engine": f"mock of {rate:g} tokens/s" if rate else "embedded model, NSA",
+            "cores": len(os.sched_getaffinity(0)),
             "clients": asked.clients,
+            "max_tokens": asked.max_tokens,
             **runner.run(soak(server, asked)),
         }
     save_json(asked.result, record)
