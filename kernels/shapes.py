@@ -94,6 +94,12 @@ class PagedKV:
             check(alike, "host pages are strided otherwise", k=self.k, host=self.host.k)
 
 
+def as_pages(x: Tensor, size: int) -> Tensor:
+    """The view [T/size, H, size, D] of ``x`` [T, H, D]: what kernels take as a pool of pages."""
+    check(x.ndim == 3 and x.shape[0] % size == 0, f"not [T, H, D] in runs of {size}", x=x)
+    return x.unflatten(0, (-1, size)).transpose(1, 2)
+
+
 @dataclass(frozen=True, slots=True)
 class HotBlocks:
     """One layer's pieces of host pages that are kept on the device, for each KV head its own.

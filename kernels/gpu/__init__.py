@@ -15,6 +15,7 @@ from .block_copy import fetch_blocks
 from .compress import compress
 from .compressed_attention import compressed_attention
 from .dense_attention import dense_attention
+from .gate_backward import gate_backward
 from .gated_fusion import gated_fusion, sparse_attention
 from .kv_write import kv_write
 from .linear import linear
@@ -22,6 +23,7 @@ from .norm_rope import add_rms_norm, qkv_norm_rope, rms_norm, swiglu
 from .sampling import sample
 from .select_blocks import block_scores, select_blocks
 from .selected_attention import selected_attention
+from .sparse_training import selected_with_lse, sparse_backward, window_with_lse
 from .window_attention import window_attention
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "compressed_attention",
     "dense_attention",
     "fetch_blocks",
+    "gate_backward",
     "gated_fusion",
     "gumbel_noise",
     "kv_write",
@@ -43,8 +46,11 @@ __all__ = [
     "sample",
     "select_blocks",
     "selected_attention",
+    "selected_with_lse",
     "sparse_attention",
+    "sparse_backward",
     "swiglu",
     "token_logprobs",
     "window_attention",
+    "window_with_lse",
 ]

@@ -40,3 +40,10 @@ def fold_values(p, v, alpha, acc):
 def normalised(total, acc):
     """Output [BM, Dv] of a state; 0 where nothing was visible."""
     return acc * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+
+
+@triton.jit
+def log_sum(top, total):
+    """log2 of a state's sum of exponentials; 0, so finite, where nothing was visible."""
+    seen = total > 0.0
+    return tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), 0.0)

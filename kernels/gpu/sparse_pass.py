@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
-from .online_softmax import fold_hits, fold_values, normalised
+from .online_softmax import fold_hits, fold_values, log_sum, normalised
 from .page_union import SLOT_BITS, SLOT_MASK, TOKEN_MASK, PageUnion, unite_pages
 from .paged_tiles import (
     described,
@@ -62,10 +62,14 @@ def sparse_pass(
     slots: Tensor | None = None,
     gate_logits: Tensor | None = None,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
     tile: Tile | None = None,
     descriptors: bool | None = None,
 ) -> Tensor:
-    """Attention [T, Hq, Dv] over selected pages; with gates and ``out``: ``out`` + gate x that."""
+    """Attention [T, Hq, Dv] over selected pages; with gates and ``out``: ``out`` + gate x that.
+
+    ``lse`` [T, Hq] fp32, if given, gets log2 of the sums of exponentials.
+    """
     num_tokens, num_q_heads, dk = q.shape
     num_kv_heads, dv = kv.v.shape[1], kv.v.shape[3]
     num_slots = kv.k.shape[0] + (0 if kv.host is None else kv.host.k.shape[0])
@@ -76,7 +80,7 @@ def sparse_pass(
         out = q.new_empty(num_tokens, num_q_heads, dv)
     if descriptors is None:
         descriptors = described(kv) and kv.host is None
-    _launch(q, kv, union, batch, nsa, gate_logits, out, tile, descriptors)
+    _launch(q, kv, union, batch, nsa, gate_logits, out, lse, tile, descriptors)
     return out
 
 
@@ -88,6 +92,7 @@ def _launch(
     nsa: NSAShape,
     gate_logits: Tensor | None,
     out: Tensor,
+    lse: Tensor | None,
     tile: Tile,
     descriptors: bool,
 ) -> None:
@@ -111,6 +116,7 @@ def _launch(
         batch.cu_seqlens_q,
         gates,
         out,
+        out if lse is None else lse,
         math.log2(math.e) / math.sqrt(q.shape[2]),
         q.shape[0],
         batch.num_rows,
@@ -133,6 +139,7 @@ def _launch(
         ITEMS=union.items.shape[2],
         NEAR=union.near_bits.shape[2],
         GATED=gate_logits is not None,
+        WITH_LSE=lse is not None,
         DESCRIPTORS=descriptors,
         TIERED=kv.host is not None,
         STAGES=tile.stages,
@@ -168,6 +175,7 @@ def _sparse_kernel(
     cu_ptr,
     gates_ptr,
     out_ptr,
+    lse_ptr,
     scale,
     num_tokens,
     num_rows,
@@ -196,6 +204,7 @@ def _sparse_kernel(
     ITEMS: tl.constexpr,
     NEAR: tl.constexpr,
     GATED: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     TIERED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -268,3 +277,6 @@ def _sparse_kernel(
     if GATED:
         out = out * gate[:, None] + others.to(tl.float32)
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=written)
+    if WITH_LSE:
+        index = tokens.to(tl.int64) * (HKV * G) + heads
+        tl.store(lse_ptr + index, log_sum(top, total), mask=valid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from triton import next_power_of_2
 
@@ -60,3 +60,33 @@ def dense_tile(group: int, head_dim: int) -> Tile:
     """Dense attention over pages that pointers address: eight warps hide the address arithmetic."""
     rows = 256 if head_dim <= 128 else 128
     return query_tile(group, rows, keys=64, warps=8, stages=3 if head_dim <= 128 else 2)
+
+
+def query_gradient_tile(group: int, head_dim: int) -> Tile:
+    """dQ of the compressed branch: the gradient [rows, Dk] stays in registers beside two scores."""
+    if head_dim > 128:
+        return query_tile(group, 64, keys=32, warps=4, stages=2)
+    return query_tile(group, 128, keys=64, warps=8, stages=2)
+
+
+def entry_gradient_tile(group: int, head_dim: int) -> Tile:
+    """dK and dV of entries, both in registers; a power of two of tokens, whole padded groups."""
+    padded = next_power_of_2(group)
+    tokens = max(1, 64 // padded)
+    if head_dim > 128:
+        return Tile(tokens=tokens, rows=tokens * padded, keys=64, warps=8, stages=2)
+    return Tile(tokens=tokens, rows=tokens * padded, keys=128, warps=8, stages=2)
+
+
+def sparse_gradient_tile(group: int, head_dim: int) -> Tile:
+    """dq of selected and window attention: few tokens, whose selections overlap."""
+    stages = 2 if head_dim <= 128 else 1
+    return query_tile(group, 64, keys=0, warps=4, stages=stages, most=16)
+
+
+def page_gradient_tile(group: int, head_dim: int) -> Tile:
+    """dk and dv of a page, whose accumulators stay in registers, from tiles of its readers."""
+    warps = 4 if head_dim <= 128 else 8
+    stages = 2 if head_dim <= 128 else 1
+    tile = query_tile(group, 64, keys=0, warps=warps, stages=stages)
+    return replace(tile, warps=warps)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..shapes import NSAShape, PagedKV, StepBatch
-from .online_softmax import fold_top, fold_values, normalised
+from .online_softmax import fold_top, fold_values, log_sum, normalised
 from .paged_tiles import (
     described,
     load_gates,
@@ -33,13 +33,15 @@ def window_pass(
     nsa: NSAShape,
     gate_logits: Tensor | None = None,
     out_compressed: Tensor | None = None,
+    lse: Tensor | None = None,
     tile: Tile | None = None,
     descriptors: bool | None = None,
 ) -> Tensor:
     """Attention [T, Hq, Dv] over each token's last ``nsa.window`` keys.
 
     With ``gate_logits`` [T, Hq, 3] times its gate, plus ``out_compressed`` [T, Hq, Dv], if given,
-    times the gate of that branch.
+    times the gate of that branch. ``lse`` [T, Hq] fp32, if given, gets log2 of the sums of
+    exponentials.
     """
     num_tokens, num_q_heads, dk = q.shape
     num_kv_heads, dv = kv.v.shape[1], kv.v.shape[3]
@@ -61,6 +63,7 @@ def window_pass(
         out if out_compressed is None else out_compressed,
         gates,
         out,
+        out if lse is None else lse,
         math.log2(math.e) / math.sqrt(dk),
         num_tokens,
         batch.num_rows,
@@ -83,6 +86,7 @@ def window_pass(
         WINDOW=nsa.window,
         GATED=gate_logits is not None,
         COMPRESSED=gate_logits is not None and out_compressed is not None,
+        WITH_LSE=lse is not None,
         DESCRIPTORS=descriptors,
         STAGES=tile.stages,
         num_warps=tile.warps,
@@ -103,6 +107,7 @@ def _window_kernel(
     compressed_ptr,
     gates_ptr,
     out_ptr,
+    lse_ptr,
     scale,
     num_tokens,
     num_rows,
@@ -131,6 +136,7 @@ def _window_kernel(
     WINDOW: tl.constexpr,
     GATED: tl.constexpr,
     COMPRESSED: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -201,3 +207,6 @@ def _window_kernel(
     if COMPRESSED:
         out += other.to(tl.float32) * other_gate[:, None]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=written)
+    if WITH_LSE:
+        line = tokens.to(tl.int64) * (HKV * G) + heads
+        tl.store(lse_ptr + line, log_sum(top, total), mask=valid)

@@ -1,4 +1,4 @@
-"""NSA over packed sequences, differentiable: what a layer in training calls between its products."""
+"""NSA over packed sequences, differentiable: what a layer in training calls."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 
 from ..contracts import check
 from ..shapes import NSAShape, StepBatch
+from ..shapes import as_pages as as_pages
 
 Tensor = torch.Tensor
 
@@ -53,12 +54,6 @@ class PackedBatch:
     def cu_seqlens(self) -> Tensor:
         """[B+1] int32, first token of each sequence."""
         return self.step.cu_seqlens_q
-
-
-def as_pages(x: Tensor, size: int) -> Tensor:
-    """The view [T/size, H, size, D] of ``x`` [T, H, D]: what kernels take as a pool of pages."""
-    check(x.ndim == 3 and x.shape[0] % size == 0, f"not [T, H, D] in runs of {size}", x=x)
-    return x.unflatten(0, (-1, size)).transpose(1, 2)
 
 
 def _step(lens: tuple[int, ...], page: int, device: torch.device) -> StepBatch:
