@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
@@ -11,6 +12,8 @@ import msgspec
 from .errors import ConfigError
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
+NSA_MODEL = "smollm2-135m-nsa"  # the embedded one trained with NSA, where the package holds it
+_NSA_FOLDER = Path(__file__).parent / "models" / "smollm2_135m_nsa"
 GIB = 1 << 30
 
 
@@ -156,6 +159,16 @@ _SECTIONS: dict[str, type] = {
     "graph": GraphConfig,
 }
 _RENAMED = {"scheduling_policy": ("schedule", "policy")}
+
+
+def shipped_model() -> Path | None:
+    """The folder of ``NSA_MODEL`` in this package, if it is there."""
+    return _NSA_FOLDER if (_NSA_FOLDER / "adapter.json").is_file() else None
+
+
+def default_model() -> str:
+    """What the command line serves unless told otherwise."""
+    return EMBEDDED_MODEL if shipped_model() is None else NSA_MODEL
 
 
 def _find_flag(name: str) -> tuple[str, str]:

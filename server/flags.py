@@ -14,10 +14,12 @@ import yaml
 
 from ..config import (
     EMBEDDED_MODEL,
+    NSA_MODEL,
     AttentionMode,
     DType,
     EngineConfig,
     Policy,
+    default_model,
 )
 from ..errors import ConfigError
 from .log_format import LogFormat
@@ -111,7 +113,7 @@ class EngineFlags:
         typer.Argument(
             metavar="[MODEL]",
             show_default=False,
-            help=f"A folder, a .gguf file, a Hub id, or {EMBEDDED_MODEL} (the default).",
+            help=f"A folder, a .gguf file, a Hub id, {EMBEDDED_MODEL} or {NSA_MODEL}.",
         ),
     ] = None
     config: Annotated[
@@ -243,7 +245,7 @@ class EngineFlags:
         cache_bytes = self.kv_cache_memory_bytes
         return EngineConfig.from_flags(
             **{name: getattr(self, name) for name in _PASSED_ON},
-            model=self.positional or self.model,
+            model=self.positional or self.model or default_model(),
             served_model_name=self.served_model_name[0] if self.served_model_name else None,
             random_weights=self.load_format == "dummy",
             mock_token_rate=self.mock_engine,

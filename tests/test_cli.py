@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from nsa_serve.config import EMBEDDED_MODEL, AttentionMode, DType, Policy
+from nsa_serve.config import EMBEDDED_MODEL, AttentionMode, DType, Policy, default_model
 from nsa_serve.engine.messages import EngineDescription
 from nsa_serve.errors import CheckpointError, ConfigError
 from nsa_serve.server import cli
@@ -63,10 +63,10 @@ def description(**fields):
     return EngineDescription(**{**known, **fields})
 
 
-def test_without_flags_the_embedded_model_is_served_on_this_machine_only(parsed):
+def test_without_flags_the_packages_model_is_served_on_this_machine_only(parsed):
     flags, _ = parsed()
     config = flags.engine_config()
-    assert config.source.model == EMBEDDED_MODEL
+    assert config.source.model == default_model()
     assert (flags.host, flags.port) == ("127.0.0.1", 8000)
     assert config.source.attention is AttentionMode.AUTO
 

@@ -37,6 +37,9 @@ ALLOWED = {
         "models",
     },
     "llm": {"engine", "tokenizer", "request", "config", "errors"},
+    "evaluate": {
+        "llm", "engine", "models", "train", "server", "request", "config", "errors",
+    },
     "server": {"engine", "tokenizer", "request", "config", "errors", "stats", "models"},
 }  # fmt: skip
 TORCH_FREE = PURE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from nsa_serve.config import EMBEDDED_MODEL, ModelSource
 from nsa_serve.errors import CheckpointError
 from nsa_serve.kernels.shapes import CompressKind
-from nsa_serve.models.checkpoint import Checkpoint, CheckpointFormat, resolve
+from nsa_serve.models.checkpoint import CheckpointFormat, resolve
 from nsa_serve.models.config import ModelConfig, NSAConfig, PhiConfig
 from nsa_serve.models.gguf_file import read_header
 from nsa_serve.models.loader import (
@@ -150,7 +151,7 @@ def test_another_file_in_place_of_the_embedded_one_is_refused(tmp_path: Path) ->
     folder = write_config(tmp_path / "folder", TINY_LLAMA)
     path = write_gguf(tmp_path / "m.gguf", TINY_LLAMA, random_tensors(folder))
     checkpoint = open_model(path)[0]
-    changed = Checkpoint(*[getattr(checkpoint, f) for f in Checkpoint.__slots__[:-1]], "00")
+    changed = replace(checkpoint, sha256="00")
     with pytest.raises(CheckpointError, match="sha256"):
         changed.check_digest()
 

@@ -81,7 +81,7 @@ def test_at_2k_nsa_finds_within_one_of_what_dense_finds(encode):
     trials = list(needles(2000, encode))
     found = {}
     for attention in ("dense", "nsa"):
-        with running("--attention", attention, *FLAGS) as server:
+        with running(MODEL, "--attention", attention, *FLAGS) as server:
             found[attention] = num_found(server.url, trials)
     assert found["dense"] >= NUM_TRIALS - 1
     assert abs(found["nsa"] - found["dense"]) <= 1, found

@@ -22,7 +22,7 @@ LONG = "The quick brown fox jumps over the lazy dog. " * 20
 
 @pytest.fixture(scope="session")
 def url():
-    flags = ("--attention", "nsa", "--dtype", "float32", "--kv-cache-memory-bytes", "512M")
+    flags = (MODEL, "--attention", "nsa", "--dtype", "float32", "--kv-cache-memory-bytes", "512M")
     with running(*flags, "--max-model-len", "2048", "--max-num-seqs", "32") as server:
         yield server.url
 

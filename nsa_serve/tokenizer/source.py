@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from ..errors import CheckpointError, ConfigError
-from ..models.checkpoint import Checkpoint, read_json
+from ..models.checkpoint import Checkpoint
+from ..models.safetensors_file import read_json
 from .gguf_bpe import build_bpe
 
 # The names under which chat templates expect special tokens.

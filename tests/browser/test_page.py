@@ -39,7 +39,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def url() -> Iterator[str]:
-    flags = ("--attention", "nsa", "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "8")
+    model = "smollm2-135m-instruct"
+    flags = (model, "--attention", "nsa", "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "8")
     with running(*flags) as server:
         yield server.url
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ...errors import CheckpointError
-from ..checkpoint import Checkpoint, CheckpointFormat
+from ..checkpoint import Checkpoint
 from ..config import ModelConfig
 from ..rope import inverse_frequencies
 from . import llama, nsa_serve, qwen2, qwen3
@@ -42,8 +42,7 @@ def model_config(checkpoint: Checkpoint) -> ModelConfig:
     Raises ``CheckpointError``, naming file and key, for an unknown model_type, a missing key, and
     any option that would change the maths and is not implemented.
     """
-    gguf = checkpoint.format is CheckpointFormat.GGUF
-    file = str(checkpoint.path if gguf else checkpoint.path / "config.json")
+    file = checkpoint.config_file
     kind = checkpoint.config.get("model_type")
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
