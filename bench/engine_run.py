@@ -84,8 +84,13 @@ class BenchEngine:
         request = Request("pretend", prompt, SamplingParams(), arrival=0.0, index=index)
         cache.add(request)
         cache.allocate(request, Match([], 0))
-        if cache.extend(request, len(prompt)) is None:
-            raise ConfigError(f"the cache of {cache.num_blocks} pages is too small for this case")
+        # In chunks, as a prefill comes: with a host tier the pages of a chunk stay on the device.
+        budget = self.parts.worker.token_budget
+        while request.num_computed < len(prompt):
+            end = min(request.num_computed + budget, len(prompt))
+            if cache.extend(request, end) is None:
+                raise ConfigError(f"the cache of {cache.num_blocks} pages is too small here")
+            request.num_computed = end
         cache.publish(request, len(prompt))
         cache.withdraw(request)
         cache.free(request)

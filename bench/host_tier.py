@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from time import perf_counter
 from typing import Annotated
 
@@ -26,7 +27,7 @@ from ..memory.layout import KVLayout
 from ..memory.tier import HostTier
 from ..models.step import StepInputs
 from ..schedule.plan import ResidenceUpdate
-from .measure import Timing, environment, summarise
+from .measure import Timing, captured, environment, summarise
 from .synthetic import AttentionShape
 
 HIT_RATES = (0.85, 0.90, 0.95, 0.99)
@@ -52,6 +53,7 @@ class TierRow:
     asked: float
     hit_rate: float
     fetched_bytes: int  # a step
+    begin: Timing  # once a step, for all layers
     fetch: Timing  # look-up and fetch
     attention: Timing
     link_ms: float  # the link's time for the fetched bytes
@@ -90,7 +92,7 @@ def build_case(
         raw = PinnedMemory(num_host * layout.bytes_per_slot).wait().view(dtype)
     host = HostPool(layout, raw)
     for pages_of in (pool.pages, host.pages):
-        pages_of.normal_()
+        _fill(pages_of, device)
     tier = HostTier(pool, host, slab=1, num_hot=num_hot)
     near_slots, host_slots = iter(range(num_near)), iter(range(num_host))
     slots = [
@@ -115,6 +117,14 @@ def build_case(
         num_streams, shape.num_q_heads, shape.head_dim_k, device=device, dtype=torch.float32
     )
     return TierCase(nsa, tier, batch, q.to(dtype), far)
+
+
+def _fill(pages: torch.Tensor, device: torch.device) -> None:
+    """Random values, drawn on the device: the host would take a minute for some gigabytes."""
+    noise = torch.randn(min(512, len(pages)), pages.shape[1], device=device).to(pages.dtype)
+    for first in range(0, len(pages), len(noise)):
+        part = pages[first : first + len(noise)]
+        part.copy_(noise[: len(part)])
 
 
 def replayed(case: TierCase, hit_rate: float, num_steps: int, seed: int = 0) -> list[torch.Tensor]:
@@ -144,25 +154,24 @@ def replayed(case: TierCase, hit_rate: float, num_steps: int, seed: int = 0) -> 
 
 def measure_rate(case: TierCase, hit_rate: float, link: float, num_steps: int) -> TierRow:
     """Time the steps of one hit rate; ``link`` in bytes a second."""
-    ops = ops_for(case.q.device)
-    inputs = StepInputs(case.q, case.batch, case.tier.pool.kv, None, case.batch.token_rows)
+    steps = replayed(case, hit_rate, _WARMUP + num_steps)
+    asked = steps[0].clone()
+    passes = _passes(case, asked)
     clock = _Clock(case.q.device)
-    fetches, attentions = [], []
+    spans: list[list[tuple[Moment, Moment]]] = [[] for _ in passes]
     before = case.tier.counts.clone()
-    for step, selection in enumerate(replayed(case, hit_rate, _WARMUP + num_steps)):
+    for step, selection in enumerate(steps):
         if step == _WARMUP:
             before = case.tier.counts.clone()
-        start = clock.now()
-        served = case.tier.serve(inputs)
-        slots = served.ensure_resident(0, selection)
-        middle = clock.now()
-        ops.selected_attention(
-            case.q, served.kv[0], selection, case.batch, nsa=case.nsa, slots=slots
-        )
-        end = clock.now()
-        fetches.append((start, middle))
-        attentions.append((middle, end))
+        asked.copy_(selection)
+        last = clock.now()
+        for run, times in zip(passes, spans, strict=True):
+            run()
+            now = clock.now()
+            times.append((last, now))
+            last = now
     lookups, hits, fetched = (case.tier.counts - before).tolist()
+    begin, fetch, attention = (clock.timing(times[_WARMUP:]) for times in spans)
     pool = case.tier.pool
     piece = pool.layout.bytes_per_slot // pool.layout.num_kv_heads
     num_bytes = fetched * piece // num_steps
@@ -170,10 +179,32 @@ def measure_rate(case: TierCase, hit_rate: float, link: float, num_steps: int) -
         hit_rate,
         hits / lookups,
         num_bytes,
-        clock.timing(fetches[_WARMUP:]),
-        clock.timing(attentions[_WARMUP:]),
+        begin,
+        fetch,
+        attention,
         1e3 * num_bytes / link,
     )
+
+
+def _passes(case: TierCase, asked: torch.Tensor) -> list[Callable[[], object]]:
+    """A step's beginning, its fetch of ``asked`` and its attention; on a GPU each is a graph."""
+    ops = ops_for(case.q.device)
+    inputs = StepInputs(case.q, case.batch, case.tier.pool.kv, None, case.batch.token_rows)
+    served = case.tier.serve(inputs)
+    found: list[torch.Tensor | None] = [None]
+
+    def fetch() -> None:
+        found[0] = served.ensure_resident(0, asked)
+
+    def attend() -> None:
+        ops.selected_attention(
+            case.q, served.kv[0], asked, case.batch, nsa=case.nsa, slots=found[0]
+        )
+
+    passes: list[Callable[[], object]] = [partial(case.tier.serve, inputs), fetch, attend]
+    if case.q.device.type != "cuda":
+        return passes
+    return [captured(run).replay for run in passes]
 
 
 class _Clock:

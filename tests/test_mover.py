@@ -1,5 +1,6 @@
 """Whole pages between two pools: merged copies, their order, and what waits for them."""
 
+import mmap
 import random
 import threading
 
@@ -64,11 +65,13 @@ def move(block_id, source, target, to_device=False):
     return BlockMove(block_id, source, target, to_device)
 
 
-def test_neighbouring_host_slots_make_one_copy_up_to_a_slab():
+def test_neighbouring_host_slots_of_a_slab_make_one_copy():
     moves = [move(0, 5, 10), move(1, 2, 11), move(2, 3, 12), move(3, 4, 13), move(4, 0, 17)]
     moves += [move(5, 17, 0, True), move(6, 18, 4, True), move(7, 13, 5, True)]
-    runs = [[m.block_id for m in run] for run in merged(moves, 3)]
+    runs = [[m.block_id for m in run] for run in merged(moves, 3, first_host=10)]
     assert runs == [[0, 1, 2], [3], [4], [5, 6], [7]]
+    across = [[m.block_id for m in run] for run in merged(moves[:4], 3, first_host=11)]
+    assert across == [[0], [1, 2, 3]]
     assert list(merged([], 3)) == []
 
 
@@ -154,16 +157,31 @@ def test_memory_is_locked_piece_by_piece_on_a_thread_of_its_own():
     asked = []
 
     def pin(address, num_bytes):
-        asked.append((num_bytes, threading.current_thread() is threading.main_thread()))
+        assert threading.current_thread() is not threading.main_thread()
+        asked.append((address, num_bytes))
         return True
 
-    memory = PinnedMemory(1000, pin, piece=400)
-    assert memory.wait().numel() == 1000
-    assert asked == [(400, False), (400, False), (200, False)]
+    page = mmap.PAGESIZE
+    memory = PinnedMemory(4 * page + 100, pin, piece=2 * page).wait()
+    assert memory.numel() == 4 * page + 100
+    starts = [memory.data_ptr() + at * page for at in (0, 2, 4)]
+    assert starts[0] % page == 0  # so that no two pieces share a page of the system
+    assert asked == list(zip(starts, [2 * page, 2 * page, 100], strict=True))
+
+
+def test_a_piece_of_locked_memory_holds_whole_copies():
+    sizes = []
+    pin = lambda address, num_bytes: sizes.append(num_bytes) or True  # noqa: E731
+    unit = 3 * mmap.PAGESIZE // 2
+    PinnedMemory(12 * unit, pin, unit=unit, piece=5 * unit).wait()
+    assert sizes == [4 * unit, 4 * unit, 4 * unit]
+    PinnedMemory(2 * unit, pin, unit=unit, piece=1).wait()  # never less than one
+    assert sizes[3:] == [2 * unit]
 
 
 def test_where_locking_is_refused_what_was_locked_is_there_and_a_line_says_so(caplog):
     answers = iter([True, True, False])
-    memory = PinnedMemory(1000, lambda address, num_bytes: next(answers), piece=400)
-    assert memory.wait().numel() == 800
-    assert "page-locks only 800 of the 1000 bytes of --kv-host-memory-bytes" in caplog.text
+    page = mmap.PAGESIZE
+    memory = PinnedMemory(3 * page, lambda address, num_bytes: next(answers), piece=page)
+    assert memory.wait().numel() == 2 * page
+    assert f"only {2 * page} of the {3 * page} bytes of --kv-host-memory-bytes" in caplog.text

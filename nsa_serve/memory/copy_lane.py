@@ -104,6 +104,8 @@ class SideLane:
             self._spans.append(_Span(start, _mark(), None))
 
     def _harvest(self) -> None:
+        while self._ends and _is_done(self._ends[0][1]):
+            self._ends.popleft()
         while self._spans and _is_done(self._spans[0].end):
             span = self._spans.popleft()
             seconds = span.start.elapsed_time(span.end) / 1e3

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import mmap
 from collections.abc import Callable
 from threading import Thread
 from typing import Any
 
 import torch
 
+from .large_pages import allocate_large
 from .layout import KVLayout
 
 logger = logging.getLogger(__name__)
@@ -45,13 +48,17 @@ class PinnedMemory:
     """Host memory that is page-locked piece by piece on a thread of its own.
 
     Locking takes about half a second a gigabyte: it runs while the weights are read. Where the
-    system refuses a piece, what was locked before it is what there is.
+    system refuses a piece, what was locked before it is what there is. Pieces hold whole ``unit``
+    bytes, since one copy may not reach over two of them, and whole pages of the system.
     """
 
-    def __init__(self, num_bytes: int, pin: Pin | None = None, *, piece: int = _PIECE) -> None:
-        self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+    def __init__(
+        self, num_bytes: int, pin: Pin | None = None, *, unit: int = 1, piece: int = _PIECE
+    ) -> None:
+        self._memory = allocate_large(num_bytes, torch.uint8)
         self._pin = pin or pin_for_cuda
-        self._piece = piece
+        whole = math.lcm(unit, mmap.PAGESIZE)
+        self._piece = max(1, piece // whole) * whole
         self._num_pinned = 0
         self._thread = Thread(target=self._run, name="pin-host-memory", daemon=True)
         self._thread.start()

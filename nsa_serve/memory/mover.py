@@ -46,7 +46,7 @@ class BlockMover:
     def start(self, update: ResidenceUpdate) -> None:
         """Queue the moves, and make computation wait for those that it depends on."""
         awaited = 0
-        for run in merged(update.moves, len(self._slab)):
+        for run in merged(update.moves, len(self._slab), self._first_host):
             number = self._queue_or_lose(run)
             if run[0].to_device:
                 awaited = number
@@ -91,11 +91,17 @@ class BlockMover:
             self._device[move.target_slot].copy_(page, non_blocking=True)
 
 
-def merged(moves: Sequence[BlockMove], most: int) -> Iterator[list[BlockMove]]:
-    """``moves`` in runs of one direction and neighbouring host slots, of at most ``most`` pages."""
+def merged(
+    moves: Sequence[BlockMove], slab: int, first_host: int = 0
+) -> Iterator[list[BlockMove]]:
+    """``moves`` in runs of one direction and neighbouring slots in one slab of the host's pages.
+
+    No run reaches over two slabs, so that none reaches over two pieces of page-locked memory.
+    """
     run: list[BlockMove] = []
     for move in moves:
-        if run and (len(run) == most or not _follows(run[-1], move)):
+        starts = (_host_slot(move) - first_host) % slab == 0
+        if run and (starts or not _follows(run[-1], move)):
             yield run
             run = []
         run.append(move)
@@ -106,6 +112,8 @@ def merged(moves: Sequence[BlockMove], most: int) -> Iterator[list[BlockMove]]:
 def _follows(last: BlockMove, move: BlockMove) -> bool:
     if last.to_device != move.to_device:
         return False
-    if move.to_device:
-        return move.source_slot == last.source_slot + 1
-    return move.target_slot == last.target_slot + 1
+    return _host_slot(move) == _host_slot(last) + 1
+
+
+def _host_slot(move: BlockMove) -> int:
+    return move.source_slot if move.to_device else move.target_slot

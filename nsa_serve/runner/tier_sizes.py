@@ -40,6 +40,11 @@ class TierSize:
         return self.num_pages + self.num_hot
 
 
+def transfer_pages(layout: KVLayout) -> int:
+    """Neighbouring pages that make one copy over the link."""
+    return -(-_TRANSFER // layout.bytes_per_slot)
+
+
 def size_tiers(
     num_bytes: int,
     host_bytes: int,
@@ -55,7 +60,7 @@ def size_tiers(
     step may need at once.
     """
     slot = layout.bytes_per_slot
-    slab = -(-_TRANSFER // slot)
+    slab = transfer_pages(layout)
     num_host = host_bytes // (slab * slot) * slab
     if not num_host:
         raise ConfigError(

@@ -24,7 +24,7 @@ from ..schedule.plan import StepPlan
 from .budget import CacheSize, check_weights, default_cpu_cache, free_bytes, shown, size_cache
 from .model_runner import ModelRunner, PendingStep
 from .profile import measure_peak
-from .tier_sizes import TierSize, size_tiers
+from .tier_sizes import TierSize, size_tiers, transfer_pages
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +137,10 @@ class Worker:
                 f"--kv-host-memory-bytes {asked} ({shown(asked)}) exceeds the host's free memory "
                 f"of {shown(free)}: lower that flag"
             )
+        unit = transfer_pages(self.layout) * self.layout.bytes_per_slot
         try:
-            return PinnedMemory(asked) if self.device.type == "cuda" else None
-        except RuntimeError as error:
+            return PinnedMemory(asked, unit=unit) if self.device.type == "cuda" else None
+        except OSError as error:
             raise ConfigError(f"--kv-host-memory-bytes {asked} is refused: {error}") from None
 
     def _build_pools(self) -> tuple[DevicePool, HostTier | None]:
