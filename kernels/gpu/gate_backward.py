@@ -11,7 +11,7 @@ from ..shapes import BranchStats
 
 Tensor = torch.Tensor
 
-_ROWS = 4
+_ROWS = 16
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
