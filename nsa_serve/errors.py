@@ -85,5 +85,13 @@ class CheckpointError(NSAServeError):
     """A checkpoint is missing, truncated or unsupported; the message names the file and the key."""
 
 
+class EvaluationStopped(NSAServeError):
+    """An evaluation can't go on; the results so far are in its record, and a new run resumes it."""
+
+
+class TrainingFailed(NSAServeError):
+    """A run whose numbers can't be right: a loss or gradient that is absent or not finite."""
+
+
 class BatchStopped(NSAServeError):
     """A batch can't go on; the answers so far are in its output, and a new run resumes it."""

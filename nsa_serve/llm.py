@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .config import EMBEDDED_MODEL, EngineConfig
 from .engine.engine import Engine
+from .engine.messages import EngineDescription
 from .errors import InvalidParameter, Overloaded
 from .request import (
     EngineRequest,
@@ -53,9 +54,26 @@ class LLM:
     """
 
     def __init__(self, model: str = EMBEDDED_MODEL, **flags: Any) -> None:
-        self.config = EngineConfig.from_flags(model=model, **flags)
-        self._engine = Engine.from_config(self.config)
+        config = EngineConfig.from_flags(model=model, **flags)
+        self._begin(config, Engine.from_config(config))
+
+    @classmethod
+    def over(cls, engine: Engine, config: EngineConfig) -> Self:
+        """The same over an engine that ``config`` has built already."""
+        llm = cls.__new__(cls)
+        llm._begin(config, engine)
+        return llm
+
+    def _begin(self, config: EngineConfig, engine: Engine) -> None:
+        self.config = config
+        self._engine = engine
         self._numbers = itertools.count()
+
+    @property
+    def description(self) -> EngineDescription:
+        """What runs: the model's name, its attention, type, device and limits."""
+        assert self._engine.description is not None
+        return self._engine.description
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The command line: ``nsa-serve serve | run-batch | chat | bench | plan | collect-env``.
+"""The command line: ``nsa-serve serve | run-batch | chat | bench | eval | plan | collect-env``.
 
 Rooms that take long to import (the server, the load test, torch) are imported when their command
 runs, so that ``--help`` answers at once.
@@ -17,12 +17,16 @@ from ..errors import NSAServeError
 from .flags import BatchFlags, ServeFlags, refuse, takes_flags
 
 # Commands whose rooms are imported to run them.
-_LAZY = {"bench": "nsa_serve.bench.cli", "plan": "nsa_serve.bench.plan_cli"}
+_LAZY = {
+    "bench": "nsa_serve.bench.cli",
+    "eval": "nsa_serve.evaluate.cli",
+    "plan": "nsa_serve.bench.plan_cli",
+}
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 class _LazyGroup(TyperGroup):
-    """Knows the benchmarks and the planner by name, and imports them only to run them."""
+    """Knows benchmarks, evaluations and the planner by name, and imports them to run them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in _LAZY:
@@ -79,6 +83,11 @@ def chat(
 @app.command()
 def bench() -> None:
     """Measure a server, the engine or its kernels: see bench --help."""
+
+
+@app.command("eval")
+def evaluate() -> None:
+    """Evaluate a model: needles, perplexity, retrieval tasks. See eval --help."""
 
 
 @app.command()

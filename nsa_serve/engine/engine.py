@@ -99,11 +99,12 @@ class Engine:
         Raises ``ConfigError`` or ``CheckpointError``.
         """
         if config.source.mock_token_rate is not None:
-            return cls._of(build_mock_parts(config))
-        return cls._of(build_parts(config, on_progress))
+            return cls.of(build_mock_parts(config))
+        return cls.of(build_parts(config, on_progress))
 
     @classmethod
-    def _of(cls, parts: EngineParts[W]) -> Self:
+    def of(cls, parts: EngineParts[W]) -> Self:
+        """The engine of parts that are built."""
         return cls(
             parts.scheduler,
             parts.cache,

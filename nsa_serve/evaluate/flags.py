@@ -1,0 +1,142 @@
+"""The flags of ``nsa-serve eval``: where the model is, what it reads, where results go."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from ..server.flags import EngineFlags
+from .ablation import Ablation
+from .haystack import DEFAULT_TEXT
+from .in_process import InProcess
+from .over_http import OverHTTP, ServerAddress
+from .subject import Subject
+
+_SERVER, _WORK = "Server", "Evaluation"
+# What an evaluation over HTTP reads of the engine's flags: MODEL is the name in the API there.
+_SHARED = ("positional", "model", "config", "seed")
+
+
+def _flag(panel: str, *names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **options)
+
+
+def parse_contexts(text: str) -> tuple[int, ...]:
+    """Ascending lengths: ``1k,2k,64k`` or ``1000,2000``."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(k?)", part.strip().lower())
+        if match is None or int(match[1]) == 0:
+            raise ConfigError(f"--contexts {text!r} must be lengths, such as 1k,2k,4096")
+        found.append(int(match[1]) << (10 if match[2] else 0))
+    return tuple(sorted(set(found)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalFlags(EngineFlags):
+    """Everything that all evaluations can be told."""
+
+    url: Annotated[
+        str | None,
+        _flag(_SERVER, "--url", help="A running server's; without it MODEL runs in this process."),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        _flag(
+            _SERVER,
+            "--api-key",
+            envvar="NSA_SERVE_API_KEY",
+            show_default=False,
+            help="Key of the server.",
+        ),
+    ] = None
+    concurrency: Annotated[
+        int, _flag(_SERVER, "--concurrency", min=1, help="Requests to the server at a time.")
+    ] = 4
+    timeout: Annotated[
+        float, _flag(_SERVER, "--timeout", min=0.001, help="Seconds for one answer of the server.")
+    ] = 600.0
+    text: Annotated[
+        str, _flag(_WORK, "--text", help="late_speeches, emma, concise_commentary, or a file.")
+    ] = DEFAULT_TEXT
+    packages: Annotated[
+        Path | None, _flag(_WORK, "--packages", help="Folder in which training unpacked packages.")
+    ] = None
+    output: Annotated[
+        Path | None, _flag(_WORK, "--output", "-o", help="JSON of the results; it is gone on with.")
+    ] = None
+    ablate: Annotated[
+        Ablation | None,
+        _flag(_WORK, "--ablate", help="Take out a branch, or all blocks but the forced ones."),
+    ] = None
+
+    def subject(self) -> Subject:
+        """The model to ask, loaded. Raises ``ConfigError`` or ``CheckpointError``."""
+        if self.url is None:
+            return InProcess.load(self.engine_config(), self.ablate)
+        self._refuse_with_url()
+        return OverHTTP(
+            ServerAddress(
+                self.url,
+                self.positional or self.model,
+                self.api_key,
+                self.concurrency,
+                self.timeout,
+            )
+        )
+
+    def _refuse_with_url(self) -> None:
+        given = [f for f in fields(EngineFlags) if f.name not in _SHARED]
+        changed = [f.name for f in given if getattr(self, f.name) != f.default]
+        changed += ["ablate"] if self.ablate is not None else []
+        if changed:
+            flag = f"--{changed[0].replace('_', '-')}"
+            raise ConfigError(f"{flag} is for a model in this process; --url names a server")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeedleFlags(EvalFlags):
+    """Everything that ``eval needle`` can be told."""
+
+    contexts: Annotated[
+        str, _flag(_WORK, "--contexts", help="Tokens of prompt and answer together.")
+    ] = "1k,2k,4k,8k,16k,32k,64k"
+    depths: Annotated[
+        int, _flag(_WORK, "--depths", min=1, help="Places of the needle, from 0 to 100 %.")
+    ] = 11
+    keys: Annotated[int, _flag(_WORK, "--keys", min=1, help="Different needles for each.")] = 5
+    plot: Annotated[
+        Path | None, _flag(_WORK, "--plot", help="PNG of the grid; default: beside the JSON.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerplexityFlags(EvalFlags):
+    """Everything that ``eval ppl`` can be told."""
+
+    contexts: Annotated[str, _flag(_WORK, "--contexts", help="Tokens of a window.")] = (
+        "2k,8k,32k,64k"
+    )
+    tokens: Annotated[
+        int | None, _flag(_WORK, "--tokens", min=1, help="Of the text; default: all.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFlags(EvalFlags):
+    """Everything that ``eval tasks`` can be told."""
+
+    contexts: Annotated[
+        str, _flag(_WORK, "--contexts", help="Tokens of prompt and answer together.")
+    ] = "4k,8k,16k,32k,64k"
+    task: Annotated[
+        list[str] | None, _flag(_WORK, "--task", help="One kind; repeat. Default: all kinds.")
+    ] = None
+    samples: Annotated[
+        int, _flag(_WORK, "--samples", min=1, help="Of each kind at each context.")
+    ] = 10
