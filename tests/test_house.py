@@ -111,6 +111,19 @@ def test_libraries_stay_in_their_rooms(room: str, path: Path) -> None:
     assert not tops & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 
 
+KERNEL_ROOMS = ("reference", "gpu", "training")
+
+
+@pytest.mark.parametrize("room", KERNEL_ROOMS)
+def test_kernels_of_training_and_serving_meet_in_dispatch(room: str) -> None:
+    foreign = {"reference": {"gpu", "training"}, "gpu": {"training"}, "training": {"gpu"}}[room]
+    for path in sorted((ROOT / "kernels" / room).rglob("*.py")):
+        names = set(imports("kernels", path))
+        rooms = {".".join(name.split(".")[:3]) for name in names}
+        assert not rooms & {f"nsa_serve.kernels.{other}" for other in foreign}, path
+        assert room == "gpu" or "triton" not in {name.split(".")[0] for name in names}, path
+
+
 @pytest.mark.parametrize("module", sorted(f"nsa_serve.{room}" for room in TORCH_FREE))
 def test_deciding_rooms_load_without_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
@@ -120,8 +133,9 @@ def test_deciding_rooms_load_without_torch(module: str) -> None:
 def test_the_package_loads_without_torch_and_kernels_without_triton() -> None:
     code = "import nsa_serve, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    code = "import nsa_serve.kernels.dispatch, sys; sys.exit('triton' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    for module in ("dispatch", "training.attention"):
+        code = f"import nsa_serve.kernels.{module}, sys; sys.exit('triton' in sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_linked_rooms_are_symbolic_links_in_the_repository() -> None:
