@@ -97,7 +97,7 @@ class PagedKV:
 def as_pages(x: Tensor, size: int) -> Tensor:
     """The view [T/size, H, size, D] of ``x`` [T, H, D]: what kernels take as a pool of pages."""
     check(x.ndim == 3 and x.shape[0] % size == 0, f"not [T, H, D] in runs of {size}", x=x)
-    return x.unflatten(0, (-1, size)).transpose(1, 2)
+    return torch.unflatten(x, 0, (-1, size)).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)

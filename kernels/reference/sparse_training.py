@@ -142,7 +142,7 @@ def _selected_tiles(selection: Tensor, batch: StepBatch, nsa: NSAShape) -> Itera
     for start, first in _query_pages(batch, nsa.page):
         tokens = slice(first, first + nsa.page)
         chosen = selection[tokens].long()  # [t, Hkv, n]
-        blocks = chosen[chosen >= 0].unique()
+        blocks: Tensor = torch.unique(chosen[chosen >= 0])
         if blocks.numel() == 0:
             continue
         keys = (start + blocks[:, None] * nsa.page + within).flatten()
@@ -162,8 +162,7 @@ def _window_tiles(batch: StepBatch, nsa: NSAShape) -> Iterator[_KeyTile]:
 
 def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:
     """[t, Hq, ...] in the wide type as [Hkv, G, t, ...]."""
-    grouped = x.to(_wide(x)).unflatten(1, (num_kv_heads, -1))
-    return grouped.movedim(0, 2)
+    return torch.unflatten(x.to(_wide(x)), 1, (num_kv_heads, -1)).movedim(0, 2)
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -173,7 +172,7 @@ def _by_head(x: Tensor) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
     """Scaled scores [Hkv, G, t, L], −inf where hidden."""
-    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    scores: Tensor = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
     return scores.masked_fill_(hidden[:, None], -torch.inf)
 
 

@@ -36,7 +36,7 @@ def sparse_branches(
     ``q`` [T, Hq, Dk], ``k`` [T, Hkv, Dk], ``v`` [T, Hkv, Dv], ``gate_logits`` [T, Hq, 3],
     ``selection`` [T, Hkv, n]; ``out_compressed`` [T, Hq, Dv] where the compressed branch is wanted.
     """
-    out: Tensor = _SparseBranches.apply(
+    out: Tensor = _SparseBranches.apply(  # type: ignore[no-untyped-call]
         q, k, v, out_compressed, gate_logits, selection, batch, nsa, frozenset(branches)
     )
     return out
