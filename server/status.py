@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Response
 
 from .. import __version__
 from ..engine.messages import EngineDescription
-from ..stats import CacheMap, StatsSnapshot
+from ..stats import CacheMap, StatsSnapshot, TierReport
 from .recent import KeptTrace, Recent
 from .replies import Reply
 from .services import Services
@@ -61,6 +61,17 @@ class CacheCounts(Reply):
     prefix_hits: int
 
 
+class HostTier(Reply):
+    """What the pages in host memory have cost since the server started."""
+
+    lookups: int
+    hits: int
+    fetched_bytes: int
+    out_bytes: int
+    in_bytes: int
+    stall_seconds: float
+
+
 class CacheCells(Reply):
     """The cache as a strip of cells in the order of block ids, a letter each.
 
@@ -94,6 +105,7 @@ class Status(Reply):
     tokens: TokenCounts
     steps: int
     cache: CacheCounts
+    host_tier: HostTier | None
     cells: CacheCells | None
     first_tokens: list[FirstToken]
 
@@ -171,6 +183,7 @@ def _status(services: Services, snapshot: StatsSnapshot, cache_map: CacheMap | N
         ),
         steps=snapshot.num_steps,
         cache=_cache(snapshot, cache_map),
+        host_tier=None if snapshot.tier is None else _host_tier(snapshot.tier),
         cells=None if cache_map is None else cells_of(cache_map),
         first_tokens=_first_tokens(services.recent),
     )
@@ -194,6 +207,10 @@ def _cache(snapshot: StatsSnapshot, cache_map: CacheMap | None) -> CacheCounts:
         prefix_queries=snapshot.prefix_queries,
         prefix_hits=snapshot.prefix_hits,
     )
+
+
+def _host_tier(tier: TierReport) -> HostTier:
+    return HostTier(**{name: getattr(tier, name) for name in HostTier.model_fields})
 
 
 def _first_tokens(recent: Recent) -> list[FirstToken]:

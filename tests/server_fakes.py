@@ -23,8 +23,9 @@ from nsa_serve.request import (
     Usage,
 )
 from nsa_serve.server.app import create_app
+from nsa_serve.server.output_stream import Sink
 from nsa_serve.server.settings import ServerSettings
-from nsa_serve.stats import CacheMap, EngineStats, StatsSnapshot
+from nsa_serve.stats import CacheMap, EngineStats, StatsSnapshot, TierReport
 
 VOCAB = 258
 BOS = 256
@@ -90,14 +91,18 @@ class FakeEngine:
         self.dead = False
         self.num_cached = 3
         self.gated = True
+        self.tier: TierReport | None = None
 
-    async def submit(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
+    async def submit(
+        self, request: EngineRequest, sink: Sink | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
         if self.dead:
             raise EngineDead("the engine process ended at /srv/engine.py")
         self.requests.append(request)
         try:
             async for output in self._outputs(request):
-                yield output
+                if sink is None or not sink(output):
+                    yield output
         except (GeneratorExit, asyncio.CancelledError):
             self.aborted.append(request.request_id)
             raise
@@ -197,6 +202,7 @@ class FakeEngine:
 
     async def stats(self) -> StatsSnapshot:
         counters = EngineStats(num_steps=2, prefix_queries=10, prefix_hits=4, generation_tokens=7)
+        counters.tier = self.tier
         counters.count_step(5)
         counters.num_finished[FinishReason.STOP] = 3
         counters.num_finished[FinishReason.ABORT] = 2

@@ -17,7 +17,7 @@ from nsa_serve.errors import TraceNotFound
 from nsa_serve.request import EngineRequest, RequestOutput, RequestTimes, SamplingParams, TokenTrace
 from nsa_serve.server.recent import MAX_TIMES, MAX_TRACES, Recent
 from nsa_serve.server.status import MAX_CELLS, cells_of
-from nsa_serve.stats import CacheMap
+from nsa_serve.stats import CacheMap, TierReport
 from tests.server_fakes import events, fake_server
 
 
@@ -59,6 +59,21 @@ def test_status_tells_what_is_loaded_and_how_busy_it_is():
         "prefix_queries": 10, "prefix_hits": 4,
     }  # fmt: skip
     assert body["cells"] == {"blocks_per_cell": 1, "states": "suk-----", "places": "dhdddddd"}
+
+
+def test_status_tells_what_the_host_tier_has_cost_where_there_is_one():
+    async def act(server):
+        without = (await server.client.get("/status")).json()["host_tier"]
+        server.engine.tier = TierReport(lookups=10, hits=9, fetched_bytes=4096, stall_seconds=0.5)
+        return without, (await server.client.get("/status")).json()["host_tier"]
+
+    assert scenario(act) == (
+        None,
+        {
+            "lookups": 10, "hits": 9, "fetched_bytes": 4096, "out_bytes": 0, "in_bytes": 0,
+            "stall_seconds": 0.5,
+        },
+    )  # fmt: skip
 
 
 def test_status_shows_the_first_tokens_of_requests_that_ended():

@@ -74,3 +74,9 @@ export function seconds(value) {
   if (value < 1) return `${Math.round(value * 1000)} ms`;
   return `${value.toFixed(value < 10 ? 2 : 1)} s`;
 }
+
+export function bytes(value) {
+  const steps = Math.min(4, Math.floor(Math.log2(Math.max(value, 1)) / 10));
+  const scaled = value / 1024 ** steps;
+  return `${scaled.toFixed(steps && scaled < 100 ? 1 : 0)} ${["B", "KiB", "MiB", "GiB", "TiB"][steps]}`;
+}

@@ -1,5 +1,5 @@
 // What is loaded, the live numbers and the cache map, all from /status.
-import { colour, count, facts, legend, onThemeChange, seconds, sized, sparkline } from "./draw.js";
+import { bytes, colour, count, facts, legend, onThemeChange, seconds, sized, sparkline } from "./draw.js";
 
 const SPAN = 120; // seconds that a sparkline shows
 const $ = (id) => document.getElementById(id);
@@ -21,6 +21,7 @@ export function show(status) {
   showThroughput(status);
   showOccupancy(status);
   showMap(status);
+  showHostTier(status);
 }
 
 function showLoaded(status) {
@@ -53,7 +54,7 @@ function showRequests({ requests, cache, tokens, steps }) {
     ["Aborted or failed", count.format((ended.abort ?? 0) + (ended.error ?? 0))],
     ["Refused", count.format(requests.rejected)],
     ["Preemptions", count.format(requests.preemptions)],
-    ["Prefix hits", queries ? `${(100 * hits / queries).toFixed(1)} % of tokens` : "–"],
+    ["Prefix hits", queries ? `${(100 * hits / queries).toFixed(1)} %` : "–"],
     ["Tokens generated", count.format(tokens.generated)],
     ["Steps", count.format(steps)],
   ]);
@@ -90,7 +91,7 @@ function showThroughput(status) {
   const last = rates[rates.length - 1];
   $("throughput").textContent = `${last.generated.toFixed(1)} tokens/s`;
   $("throughput-note").textContent =
-    `generated, at most ${top.toFixed(1)} · prompts ${last.prompt.toFixed(0)} tokens/s`;
+    `generated, at most ${top.toFixed(1)} · prompts ${count.format(Math.round(last.prompt))} tokens/s`;
   $("throughput-line").setAttribute(
     "aria-label", `Tokens per second, the last two minutes: now ${last.generated.toFixed(1)}, at most ${top.toFixed(1)}`,
   );
@@ -108,7 +109,21 @@ function showOccupancy(status) {
 
 const STATES = { "-": "free", k: "kept", u: "used", s: "shared" };
 
-function showMap({ cache, cells }) {
+function showHostTier({ cache, host_tier: tier }) {
+  $("host-tier").hidden = tier === null;
+  if (tier === null) return;
+  facts($("host-facts"), [
+    ["Blocks there alone", count.format(cache.spilled ?? 0)],
+    ["Selected pieces", count.format(tier.lookups)],
+    ["Found hot", tier.lookups ? `${(100 * tier.hits / tier.lookups).toFixed(1)} %` : "–"],
+    ["Fetched", bytes(tier.fetched_bytes)],
+    ["Pages out", bytes(tier.out_bytes)],
+    ["Pages back", bytes(tier.in_bytes)],
+    ["Steps waited", seconds(tier.stall_seconds)],
+  ]);
+}
+
+function showMap({ cache, cells, host_tier: tier }) {
   if (cells === null) return;
   drawCells($("map"), cells);
   const free = cache.blocks - cache.in_use - cache.kept;
@@ -117,8 +132,8 @@ function showMap({ cache, cells }) {
     ["kept", `kept for its content ${count.format(cache.kept)}`],
     ["used", `used by one request ${count.format(cache.in_use - cache.shared)}`],
     ["shared", `shared by several ${count.format(cache.shared)}`],
-    ["host", `in host memory ${count.format(cache.spilled)}`],
   ];
+  if (tier !== null) entries.push(["host", `in host memory ${count.format(cache.spilled)}`]);
   legend($("map-legend"), entries);
   $("map").setAttribute("aria-label", `Cache map: ${entries.map(([, text]) => text).join(", ")}`);
   const width = cells.blocks_per_cell;

@@ -24,6 +24,7 @@ from tests.server_process import ServerProcess, running, write_small_model
 SECONDS = 120_000  # ms that a slow machine may take to answer
 KEY = "a-key-for-the-page"
 STORY = "The ferry to Bregenz left at seven, and the fishermen of Lindau mended their nets. " * 90
+TIER = ("--kv-cache-memory-bytes", "600000", "--kv-host-memory-bytes", "4MiB")
 QUESTION = f"{STORY}\nThe code of the day is 4711.\n{STORY[:1500]}\nWhat is the code of the day?"
 
 
@@ -127,6 +128,25 @@ def test_pointing_at_a_block_shows_its_text(page: Page, url: str) -> None:
     expect(page.locator("#trace-cell")).to_contain_text("Layer 0, KV head 0, block 0")
     page.hover("#trace-map", position={"x": box["width"] - 6, "y": 20})
     expect(page.locator("#trace-cell")).to_contain_text("answer, from token")
+
+
+def test_without_a_host_tier_nothing_is_said_of_it(page: Page, url: str) -> None:
+    opened(page, url)
+    expect(page.locator("#host-tier")).to_be_hidden()
+    expect(page.locator("#map-legend .shared")).to_have_count(1)
+    expect(page.locator("#map-legend .host")).to_have_count(0)
+
+
+def test_a_host_tier_is_told_of_where_there_is_one(page: Page, tmp_path: Path) -> None:
+    model = str(write_small_model(tmp_path))
+    flags = ("--attention", "nsa", "--load-format", "dummy", "--max-num-seqs", "4")
+    with running(model, *flags, *TIER, "--max-num-batched-tokens", "64") as server:
+        opened(page, server.url)
+        for story in range(4):
+            body = {"prompt": f"{story} " * 900, "max_tokens": 4, "ignore_eos": True}
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=SECONDS)
+        expect(page.locator("#host-facts")).to_contain_text(re.compile(r"there alone[1-9]"))
+        expect(page.locator("#map-legend")).to_contain_text(re.compile(r"in host memory [1-9]"))
 
 
 def test_learned_gates_are_drawn_by_layer(page: Page, tmp_path: Path) -> None:
