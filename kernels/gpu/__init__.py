@@ -12,8 +12,10 @@ from ..reference.sampling import (
     token_logprobs,
 )
 from .block_copy import fetch_blocks
+from .clock import add_clock
 from .compress import compress
 from .compressed_attention import compressed_attention
+from .compressed_training import compressed_backward, compressed_with_lse
 from .dense_attention import dense_attention
 from .gate_backward import gate_backward
 from .gated_fusion import gated_fusion, sparse_attention
@@ -28,11 +30,14 @@ from .window_attention import window_attention
 
 __all__ = [
     "add_bias",
+    "add_clock",
     "add_rms_norm",
     "apply_penalties",
     "block_scores",
     "compress",
     "compressed_attention",
+    "compressed_backward",
+    "compressed_with_lse",
     "dense_attention",
     "fetch_blocks",
     "gate_backward",

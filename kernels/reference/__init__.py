@@ -1,8 +1,10 @@
 """The ops in plain torch: the whole contract, on any device. This is the CPU backend."""
 
 from .block_copy import fetch_blocks
+from .clock import add_clock
 from .compress import compress
 from .compressed_attention import compressed_attention
+from .compressed_training import compressed_backward, compressed_with_lse
 from .dense_attention import dense_attention
 from .gated_fusion import gated_fusion, sparse_attention
 from .kv_write import kv_write
@@ -16,11 +18,14 @@ from .window_attention import window_attention
 
 __all__ = [
     "add_bias",
+    "add_clock",
     "add_rms_norm",
     "apply_penalties",
     "block_scores",
     "compress",
     "compressed_attention",
+    "compressed_backward",
+    "compressed_with_lse",
     "dense_attention",
     "fetch_blocks",
     "gate_backward",
