@@ -30,7 +30,7 @@ SHELL = tuple(blocks("bash", "console"))
 PYTHON = tuple(blocks("python"))
 RUN = [block for block in SHELL if block.reason is None]
 # Prefixes of what needs no server and no bash of its own.
-_SERVE, _BENCH = ["nsa-serve", "serve"], ["nsa-serve", "bench"]
+_SERVE, _BENCH, _EVAL = (["nsa-serve", name] for name in ("serve", "bench", "eval"))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,9 @@ def test_a_command_does_what_its_page_says(block, request, place, monkeypatch):
             serve(found[1:], monkeypatch)
         elif found[:2] == _BENCH and found[2] in ("serve", "sweep"):
             load(found[1:], monkeypatch)
+        elif found[:2] == _EVAL:
+            url = request.getfixturevalue("server")
+            invoke([word.replace("http://127.0.0.1:8000", url) for word in found[1:]])
         elif found[0] == "nsa-serve" and found[1] in ("plan", "collect-env"):
             invoke(found[1:])
         else:

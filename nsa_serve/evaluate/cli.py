@@ -59,14 +59,14 @@ def needles(flags: NeedleFlags) -> None:
         flags.text, parse_contexts(flags.contexts), flags.depths, flags.keys, flags.seed
     )
     sentences = sentences_of(read_documents(flags.text, flags.packages))
-    subject = flags.subject()
-    record = _record(flags, "needle", subject.description, grid.settings())
-    haystack = Haystack(sentences, subject)
-    found = _with_bar(
-        "prompts",
-        grid.num_prompts,
-        lambda advance: run_needles(grid, subject, haystack, record, advance),
-    )
+    with flags.subject() as subject:
+        record = _record(flags, "needle", subject.description, grid.settings())
+        haystack = Haystack(sentences, subject)
+        found = _with_bar(
+            "prompts",
+            grid.num_prompts,
+            lambda advance: run_needles(grid, subject, haystack, record, advance),
+        )
     record.finish(found)
     rows = [(shown(int(c)), f"{share:.1%}") for c, share in found["by_context"].items()]
     _show(f"needles found: {found['found']:.1%}", ("context", "found"), rows, record.path)
@@ -76,7 +76,7 @@ def needles(flags: NeedleFlags) -> None:
         for depth in grid.depths
     }
     picture = flags.plot or record.path.with_suffix(".png")
-    title = f"{subject.description['model']}: {found['found']:.1%} of needles found"
+    title = f"{record.head['subject']['model']}: {found['found']:.1%} of needles found"
     save_heatmap(picture, title, grid.contexts, grid.depths, cells)
     console.print(f"saved {picture}")
 
@@ -85,14 +85,14 @@ def perplexity(flags: PerplexityFlags) -> None:
     """Run ``eval ppl``."""
     windows = Windows(flags.text, parse_contexts(flags.contexts), flags.tokens)
     documents = read_documents(flags.text, flags.packages)
-    subject = flags.subject()
-    record = _record(flags, "ppl", subject.description, windows.settings())
-    tokens = subject.encode("\n\n".join(documents))
-    found = _with_bar(
-        "windows",
-        windows.num_windows(windows.run_length(len(tokens))),
-        lambda advance: run_perplexity(windows, subject, tokens, record, advance),
-    )
+    with flags.subject() as subject:
+        record = _record(flags, "ppl", subject.description, windows.settings())
+        tokens = subject.encode("\n\n".join(documents))
+        found = _with_bar(
+            "windows",
+            windows.num_windows(windows.run_length(len(tokens))),
+            lambda advance: run_perplexity(windows, subject, tokens, record, advance),
+        )
     record.finish(found)
     rows = [
         (shown(int(context)), f"{row['perplexity']:.3f}", f"{row['bits_per_token']:.3f}")
@@ -110,14 +110,14 @@ def retrieval(flags: TaskFlags) -> None:
     contexts = parse_contexts(flags.contexts)
     wanted = TaskSet(flags.text, kinds, contexts, flags.samples, flags.seed)
     sentences = sentences_of(read_documents(flags.text, flags.packages))
-    subject = flags.subject()
-    record = _record(flags, "tasks", subject.description, wanted.settings())
-    haystack = Haystack(sentences, subject)
-    found = _with_bar(
-        "prompts",
-        wanted.num_prompts,
-        lambda advance: run_tasks(wanted, subject, haystack, record, advance),
-    )
+    with flags.subject() as subject:
+        record = _record(flags, "tasks", subject.description, wanted.settings())
+        haystack = Haystack(sentences, subject)
+        found = _with_bar(
+            "prompts",
+            wanted.num_prompts,
+            lambda advance: run_tasks(wanted, subject, haystack, record, advance),
+        )
     record.finish(found)
     rows = [
         (kind, *(f"{row[str(c)]['right']:.0%} ({row[str(c)]['share']:.2f})" for c in contexts))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +16,7 @@ from ..server.flags import EngineFlags
 from .ablation import Ablation
 from .haystack import DEFAULT_TEXT
 from .in_process import InProcess
-from .over_http import OverHTTP, ServerAddress
+from .over_http import OverHTTP, ServerAddress, open_client
 from .subject import Subject
 
 _SERVER, _WORK = "Server", "Evaluation"
@@ -75,20 +77,17 @@ class EvalFlags(EngineFlags):
         _flag(_WORK, "--ablate", help="Take out a branch, or all blocks but the forced ones."),
     ] = None
 
-    def subject(self) -> Subject:
+    @contextmanager
+    def subject(self) -> Iterator[Subject]:
         """The model to ask, loaded. Raises ``ConfigError`` or ``CheckpointError``."""
         if self.url is None:
-            return InProcess.load(self.engine_config(), self.ablate)
+            yield InProcess.load(self.engine_config(), self.ablate)
+            return
         self._refuse_with_url()
-        return OverHTTP(
-            ServerAddress(
-                self.url,
-                self.positional or self.model,
-                self.api_key,
-                self.concurrency,
-                self.timeout,
-            )
-        )
+        model = self.positional or self.model
+        address = ServerAddress(self.url, model, self.api_key, self.concurrency, self.timeout)
+        with open_client(address) as client:
+            yield OverHTTP(address, client)
 
     def _refuse_with_url(self) -> None:
         given = [f for f in fields(EngineFlags) if f.name not in _SHARED]

@@ -29,10 +29,10 @@ class ServerAddress:
 class OverHTTP:
     """``Subject`` of a server. Tokens are counted by its ``/tokenize``, as vLLM has it too."""
 
-    def __init__(self, address: ServerAddress, client: httpx.Client | None = None) -> None:
+    def __init__(self, address: ServerAddress, client: httpx.Client) -> None:
         """Raises ``ConfigError`` where no server answers there, or it serves another model."""
         self._address = address
-        self._client = client or _client(address)
+        self._client = client
         card = self._card()
         self.model = str(card["id"])
         self._max_model_len: int | None = card.get("max_model_len")
@@ -117,7 +117,8 @@ class OverHTTP:
         return reply.json()
 
 
-def _client(address: ServerAddress) -> httpx.Client:
+def open_client(address: ServerAddress) -> httpx.Client:
+    """A client of the server; the caller closes it. Raises ``ConfigError`` for no address."""
     headers = {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {}
     base = address.url.rstrip("/").removesuffix("/v1")
     try:
