@@ -7,11 +7,13 @@ partial results that are merged become many.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 _DOUBLINGS = tl.constexpr(6)
+_FEW_TOKENS = 8
 
 
 def fitting_stages(stages: int, tile_bytes: int) -> int:
@@ -40,6 +42,35 @@ def max_splits(longest: int, smallest: int, spread: int) -> int:
         if final:
             return most
         size *= 2
+
+
+@triton.jit
+def overlap_launches():
+    """Wait for the launches before, and let the next one be set up while this one still runs.
+
+    For kernels launched with ``launch_pdl``: every one of a chain waits first, so that whatever an
+    earlier launch wrote is there.
+    """
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+def overlaps_launches(tokens: int, device: torch.device) -> bool:
+    """Whether the launches of a decode step of ``tokens`` overlap (sm_90 on).
+
+    Few tokens are bound by latency. With many, programs that wait take room from those that work.
+    """
+    on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return on_gpu and tokens <= _FEW_TOKENS
+
+
+@triton.jit
+def load_rows(cache_ptr, at, dims, D: tl.constexpr, D_PAD: tl.constexpr):
+    """[rows, D_PAD] of a cache, at ``at`` [rows]: every row named is a written one."""
+    where = at[:, None] + dims[None, :]
+    if D == D_PAD:
+        return tl.load(cache_ptr + where)
+    return tl.load(cache_ptr + where, mask=(dims < D)[None, :], other=0.0)
 
 
 @triton.jit

@@ -1,6 +1,8 @@
 """Second half of decode's compressed attention: scores of blocks, and the top n.
 
-The top n are found by a bitwise search for the threshold, which yields ascending indices without
+Two launches, spread over parts of a context so that a small batch fills the card. The first turns
+what the splits left into one rank key per block and KV head, and merges the splits' outputs. The
+second takes the top n by a bitwise search for the threshold, which yields ascending indices without
 sorting. Where a context has more blocks than one program ranks, each chunk of blocks answers its
 own top n, and a further launch takes the top n of those.
 """
@@ -10,37 +12,158 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .context_splits import log_sum, size_of_split
+from .context_splits import log_sum, merged_splits, overlap_launches, size_of_split
+from .decode_splits import num_entry_slots
 
 
 @triton.jit
-def num_entry_slots(context, LEN: tl.constexpr, STRIDE: tl.constexpr):
-    """Entry slots of a row, up to and including its last visible entry; 0 where none is."""
-    visible = tl.where(context < LEN, 0, (context - LEN) // STRIDE + 1)
-    return tl.where(visible > 0, visible + LEN // STRIDE - 1, 0)
-
-
-@triton.jit
-def slots_of_token(
-    positions_ptr, token_rows_ptr, context_lens_ptr, token, LEN: tl.constexpr, STRIDE: tl.constexpr
+def _share_of_blocks(
+    part_ptr,
+    tile_top_ptr,
+    at,
+    live,
+    log_total,
+    pages,
+    scored_pages,
+    num_pages,
+    PAGES: tl.constexpr,  # of a tile of the splits
 ):
-    """``num_entry_slots`` of a token's row; 0 for padding."""
-    context = tl.load(context_lens_ptr + tl.load(token_rows_ptr + token))
-    return num_entry_slots(tl.where(tl.load(positions_ptr + token) < 0, 0, context), LEN, STRIDE)
+    """[heads, blocks]: what ``part_ptr`` holds of ``pages``, as a share of the whole softmax."""
+    keep = live[:, None] & (pages < scored_pages)[None, :]
+    share = tl.load(part_ptr + at[:, None] * num_pages + pages[None, :], mask=keep, other=0.0)
+    tiles = tl.cdiv(num_pages, PAGES)
+    tile_at = at[:, None] * tiles + (pages // PAGES)[None, :]
+    tile_top = tl.load(tile_top_ptr + tile_at, mask=keep, other=float("-inf"))
+    return share * tl.exp2(tile_top - log_total[:, None])
+
+
+@triton.jit
+def _write_keys(
+    own_ptr,
+    prev_ptr,
+    tile_top_ptr,
+    to,
+    at,
+    live,
+    log_total,
+    first,
+    current,
+    scored_pages,
+    num_pages,
+    CHUNK: tl.constexpr,
+    PAGES: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+):
+    """Rank keys of CHUNK blocks: the bits of the group's score, the largest int where forced."""
+    blocks = first + tl.arange(0, CHUNK)
+    share = _share_of_blocks(
+        own_ptr, tile_top_ptr, at, live, log_total, blocks, scored_pages, num_pages, PAGES
+    )
+    share += _share_of_blocks(
+        prev_ptr, tile_top_ptr, at, live, log_total, blocks + 1, scored_pages, num_pages, PAGES
+    )
+    forced = (blocks < INITIAL) | (blocks > current - LOCAL)
+    key = tl.where(forced, 0x7FFFFFFF, tl.sum(share, 0).to(tl.int32, bitcast=True))
+    tl.store(to + blocks, key, mask=blocks <= current)
+
+
+@triton.jit(do_not_specialize=["first_token"])
+def score_and_merge(
+    positions_ptr,
+    token_rows_ptr,
+    context_lens_ptr,
+    max_ptr,
+    sum_ptr,
+    acc_ptr,
+    own_ptr,
+    prev_ptr,
+    tile_top_ptr,
+    key_ptr,  # [tokens, Hkv, pages] int32
+    out_ptr,  # [T, Hq, Dv]
+    first_token,
+    num_pages,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    LEN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    SELECTED: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEADS: tl.constexpr,  # whose splits a part merges at a time
+    SINGLE: tl.constexpr,  # every row has one token
+    CHUNK: tl.constexpr,  # blocks
+    PAGES: tl.constexpr,  # of a tile of the splits
+    WITH_OUTPUT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        overlap_launches()
+    GROUP: tl.constexpr = HQ // HKV
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    scratch_token = tl.program_id(2)
+    token = first_token + scratch_token
+    position = tl.load(positions_ptr + token).to(tl.int32)
+    context = position + 1
+    if not SINGLE:
+        context = tl.load(context_lens_ptr + tl.load(token_rows_ptr + token))
+    num_slots = num_entry_slots(tl.where(position < 0, 0, context), LEN, STRIDE)
+    num_splits = tl.cdiv(num_slots, size_of_split(num_slots, MIN_SPLIT, SPREAD))
+    first_head = scratch_token.to(tl.int64) * HQ + head * GROUP
+    current = tl.where(position < 0, -1, position // PAGE)
+    if (current >= SELECTED) & (part * CHUNK <= current):
+        in_group = tl.arange(0, GROUP_PAD)
+        live = in_group < GROUP
+        at = first_head + in_group
+        log_total = log_sum(max_ptr, sum_ptr, at, live, num_splits, SPLITS, SPLITS_PAD)
+        to = key_ptr + (scratch_token.to(tl.int64) * HKV + head) * num_pages
+        scored_pages = tl.cdiv(num_slots, PAGE // STRIDE)
+        for first in range(part * CHUNK, current + 1, tl.num_programs(0) * CHUNK):
+            _write_keys(
+                own_ptr, prev_ptr, tile_top_ptr, to, at, live, log_total, first, current,
+                scored_pages, num_pages, CHUNK, PAGES, INITIAL, LOCAL,
+            )  # fmt: skip
+    if WITH_OUTPUT:
+        dv = tl.arange(0, DV_PAD)
+        for first in range(part * HEADS, GROUP, tl.num_programs(0) * HEADS):
+            merged = first + tl.arange(0, HEADS)
+            live = merged < GROUP
+            out = merged_splits(
+                max_ptr, sum_ptr, acc_ptr, first_head + merged, live, num_splits,
+                DV, DV_PAD, SPLITS, SPLITS_PAD,
+            )  # fmt: skip
+            out_at = (token.to(tl.int64) * HQ + head * GROUP + merged)[:, None] * DV + dv[None, :]
+            keep = live[:, None] & (dv < DV)[None, :]
+            tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def _threshold(key, WANTED: tl.constexpr):
-    """The largest x ≥ 0 with at least WANTED keys ≥ x, two bits a round; 0 where fewer are."""
+    """The largest x >= 0 with at least WANTED keys >= x, two bits a round; 0 where fewer are.
+
+    Keys are below 2^20 in number: a round counts those above three values in one sum.
+    """
     x = tl.sum(key * 0, 0)
-    for step in tl.static_range(15):
+    # Not unrolled: instructions that are fetched once are waited for once.
+    for step in range(15):
         shift = 29 - 2 * step
-        low = (key >= x + (1 << shift)).to(tl.int32)
-        middle = (key >= x + (2 << shift)).to(tl.int32)
-        both = tl.sum(low + (middle << 16), 0)
-        high = tl.sum((key >= x + (3 << shift)).to(tl.int32), 0)
-        digit = ((both & 0xFFFF) >= WANTED).to(tl.int32) + ((both >> 16) >= WANTED).to(tl.int32)
-        x += (digit + (high >= WANTED).to(tl.int32)) << shift
+        low = (key >= x + (1 << shift)).to(tl.int64)
+        middle = (key >= x + (2 << shift)).to(tl.int64)
+        high = (key >= x + (3 << shift)).to(tl.int64)
+        counts = tl.sum(low + (middle << 20) + (high << 40), 0)
+        digit = ((counts & 0xFFFFF) >= WANTED).to(tl.int32)
+        digit += (((counts >> 20) & 0xFFFFF) >= WANTED).to(tl.int32)
+        digit += ((counts >> 40) >= WANTED).to(tl.int32)
+        x += digit << shift
     last = tl.sum((key > x).to(tl.int32), 0)
     return x + (last >= WANTED).to(tl.int32)
 
@@ -65,53 +188,6 @@ def _top_ranks(key, WANTED: tl.constexpr):
 
 
 @triton.jit
-def _block_keys(
-    max_ptr,
-    sum_ptr,
-    own_ptr,
-    prev_ptr,
-    scratch_token,
-    head,
-    blocks,
-    current,
-    num_splits,
-    scored_pages,
-    num_pages,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
-    INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr,
-    HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-):
-    """Rank keys of blocks: the bits of the group's score, the largest int where forced, else -1."""
-    GROUP: tl.constexpr = HQ // HKV
-    score = tl.zeros(blocks.shape, tl.float32)
-    for first in tl.range(0, GROUP, HEADS, loop_unroll_factor=4):
-        in_group = first + tl.arange(0, HEADS)
-        live = in_group < GROUP
-        at = scratch_token.to(tl.int64) * HQ + head * GROUP + in_group
-        log_total = log_sum(max_ptr, sum_ptr, at, live, num_splits, SPLITS, SPLITS_PAD)
-        where = at[:, None] * num_pages + blocks[None, :]
-        own = tl.load(
-            own_ptr + where,
-            mask=live[:, None] & (blocks < scored_pages)[None, :],
-            other=float("-inf"),
-        )
-        following = tl.load(
-            prev_ptr + where + 1,
-            mask=live[:, None] & (blocks + 1 < scored_pages)[None, :],
-            other=float("-inf"),
-        )
-        share = tl.exp2(own - log_total[:, None]) + tl.exp2(following - log_total[:, None])
-        score += tl.sum(share, 0)
-    forced = (blocks < INITIAL) | (blocks > current - LOCAL)
-    key = tl.where(forced, 0x7FFFFFFF, score.to(tl.int32, bitcast=True))
-    return tl.where(blocks <= current, key, -1)
-
-
-@triton.jit
 def _list_blocks(
     to,
     key_to,
@@ -131,40 +207,19 @@ def _list_blocks(
 
 @triton.jit
 def _rank_blocks(
-    max_ptr,
-    sum_ptr,
-    own_ptr,
-    prev_ptr,
+    keys,
     to,
     key_to,
-    scratch_token,
-    head,
     first,
     current,
-    num_splits,
-    scored_pages,
-    num_pages,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
-    INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr,
     SELECTED: tl.constexpr,
     SELECTED_PAD: tl.constexpr,
-    SCORES: tl.constexpr,  # of one tile
-    GROUP_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
     BLOCKS: tl.constexpr,
     WITH_KEYS: tl.constexpr,
 ):
     """Answer the top n of the BLOCKS blocks from ``first`` on."""
-    MOST: tl.constexpr = SCORES // BLOCKS if SCORES > BLOCKS else 1
-    HEADS: tl.constexpr = MOST if MOST < GROUP_PAD else GROUP_PAD
     blocks = first + tl.arange(0, BLOCKS)
-    key = _block_keys(
-        max_ptr, sum_ptr, own_ptr, prev_ptr, scratch_token, head, blocks, current, num_splits,
-        scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, HEADS, SPLITS, SPLITS_PAD,
-    )  # fmt: skip
+    key = tl.load(keys + blocks, mask=blocks <= current, other=-1)
     taken, rank, count = _top_ranks(key, SELECTED)
     places = tl.arange(0, SELECTED_PAD)
     empty = (places >= count) & (places < SELECTED)
@@ -176,37 +231,25 @@ def _rank_blocks(
 
 
 @triton.jit(do_not_specialize=["first_token"])
-def select_of_pages(
+def select_of_keys(
     positions_ptr,
-    token_rows_ptr,
-    context_lens_ptr,
-    max_ptr,
-    sum_ptr,
-    own_ptr,
-    prev_ptr,
+    key_ptr,  # [tokens, Hkv, pages] int32
     selection_ptr,  # [T, Hkv, n]
-    key_ptr,  # [tokens, Hkv, chunks, n], where there is more than one chunk
-    block_ptr,
+    chosen_key_ptr,  # [tokens, Hkv, chunks, n], where there is more than one chunk
+    chosen_ptr,
     first_token,
     num_pages,
-    HQ: tl.constexpr,
     HKV: tl.constexpr,
-    LEN: tl.constexpr,
-    STRIDE: tl.constexpr,
     PAGE: tl.constexpr,
     SELECTED: tl.constexpr,
     SELECTED_PAD: tl.constexpr,
-    INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    SPREAD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
     CHUNK: tl.constexpr,  # blocks
     CHUNKS: tl.constexpr,
-    SCORES: tl.constexpr,  # of one tile
-    GROUP_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    """The top n of each chunk of blocks, ascending; the selection itself where it is one chunk."""
+    if PDL:
+        overlap_launches()
     # Tiles of blocks of three sizes: the chunk follows from a bound, most contexts are far shorter.
     FEW: tl.constexpr = CHUNK if CHUNK < 128 else 128
     SOME: tl.constexpr = CHUNK // 4 if CHUNK > 512 else FEW
@@ -215,38 +258,24 @@ def select_of_pages(
     scratch_token = tl.program_id(2)
     token = first_token + scratch_token
     position = tl.load(positions_ptr + token).to(tl.int32)
-    num_slots = slots_of_token(positions_ptr, token_rows_ptr, context_lens_ptr, token, LEN, STRIDE)
-    num_splits = tl.cdiv(num_slots, size_of_split(num_slots, MIN_SPLIT, SPREAD))
     first = part * CHUNK
     current = tl.where(position < 0, -1, position // PAGE)
-    scored_pages = tl.cdiv(num_slots, PAGE // STRIDE)
+    keys = key_ptr + (scratch_token.to(tl.int64) * HKV + head) * num_pages
     if CHUNKS == 1:
         to = selection_ptr + (token.to(tl.int64) * HKV + head) * SELECTED
         key_to = to
     else:
         at = ((scratch_token.to(tl.int64) * HKV + head) * CHUNKS + part) * SELECTED
-        to = block_ptr + at
-        key_to = key_ptr + at
+        to = chosen_ptr + at
+        key_to = chosen_key_ptr + at
     if (current < SELECTED) | (current < first):
         _list_blocks(to, key_to, current + 1 - first, first, SELECTED, SELECTED_PAD, CHUNKS > 1)
     elif current - first < FEW:
-        _rank_blocks(
-            max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
-            current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
-            SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, FEW, CHUNKS > 1,
-        )  # fmt: skip
+        _rank_blocks(keys, to, key_to, first, current, SELECTED, SELECTED_PAD, FEW, CHUNKS > 1)
     elif current - first < SOME:
-        _rank_blocks(
-            max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
-            current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
-            SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, SOME, CHUNKS > 1,
-        )  # fmt: skip
+        _rank_blocks(keys, to, key_to, first, current, SELECTED, SELECTED_PAD, SOME, CHUNKS > 1)
     else:
-        _rank_blocks(
-            max_ptr, sum_ptr, own_ptr, prev_ptr, to, key_to, scratch_token, head, first,
-            current, num_splits, scored_pages, num_pages, HQ, HKV, INITIAL, LOCAL, SELECTED,
-            SELECTED_PAD, SCORES, GROUP_PAD, SPLITS, SPLITS_PAD, CHUNK, CHUNKS > 1,
-        )  # fmt: skip
+        _rank_blocks(keys, to, key_to, first, current, SELECTED, SELECTED_PAD, CHUNK, CHUNKS > 1)
 
 
 @triton.jit(do_not_specialize=["first_token"])
@@ -260,8 +289,11 @@ def select_of_chunks(
     SELECTED_PAD: tl.constexpr,
     CANDIDATES: tl.constexpr,
     CANDIDATES_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The top n of the chunks' top n: chunks ascend and so do their blocks, so ties keep order."""
+    if PDL:
+        overlap_launches()
     head = tl.program_id(0)
     scratch_token = tl.program_id(1)
     at = (scratch_token.to(tl.int64) * HKV + head) * CANDIDATES

@@ -226,14 +226,17 @@ def _write(
     slots = tl.load(
         slot_table_ptr + rows.to(tl.int64) * stride_slots + position // PAGE, mask=live, other=0
     ).to(tl.int64)
-    _copy(
-        k_ptr, cache_k_ptr, tokens, slots, position % PAGE, live, head,
-        stride_kt, stride_kh, stride_ckn, stride_ckh, stride_ckp, DK, DK_PAD,
-    )  # fmt: skip
-    _copy(
-        v_ptr, cache_v_ptr, tokens, slots, position % PAGE, live, head,
-        stride_vt, stride_vh, stride_cvn, stride_cvh, stride_cvp, DV, DV_PAD,
-    )  # fmt: skip
+    # One program writes keys or values: neither waits for the other.
+    if tl.program_id(2) == 0:
+        _copy(
+            k_ptr, cache_k_ptr, tokens, slots, position % PAGE, live, head,
+            stride_kt, stride_kh, stride_ckn, stride_ckh, stride_ckp, DK, DK_PAD,
+        )  # fmt: skip
+    else:
+        _copy(
+            v_ptr, cache_v_ptr, tokens, slots, position % PAGE, live, head,
+            stride_vt, stride_vh, stride_cvn, stride_cvh, stride_cvp, DV, DV_PAD,
+        )  # fmt: skip
     if ENTRIES:
         for token in range(first, tl.minimum(first + TOKENS, num_tokens)):
             at = tl.load(positions_ptr + token).to(tl.int32)
@@ -243,20 +246,22 @@ def _write(
                 table = slot_table_ptr + row.to(tl.int64) * stride_slots
                 blocks = block_table_ptr + row.to(tl.int64) * stride_blocks
                 block = tl.load(blocks + at // PAGE).to(tl.int64)
-                _write_part(
-                    k_ptr, cache_k_ptr, entry_k_ptr, position_k_ptr, weight_k_ptr, inv_freq_ptr,
-                    rope_scale, table, block, token, at, chunk_first, head,
-                    stride_kt, stride_kh, stride_ckn, stride_ckh, stride_ckp,
-                    stride_ekn, stride_ekh, stride_eke,
-                    DK, DK_PAD, ROTARY, LEN, LEN_PAD, STRIDE, PAGE, WEIGHTED_K, POSITION_K,
-                )  # fmt: skip
-                _write_part(
-                    v_ptr, cache_v_ptr, entry_v_ptr, position_v_ptr, weight_v_ptr, inv_freq_ptr,
-                    rope_scale, table, block, token, at, chunk_first, head,
-                    stride_vt, stride_vh, stride_cvn, stride_cvh, stride_cvp,
-                    stride_evn, stride_evh, stride_eve,
-                    DV, DV_PAD, 0, LEN, LEN_PAD, STRIDE, PAGE, WEIGHTED_V, POSITION_V,
-                )  # fmt: skip
+                if tl.program_id(2) == 0:
+                    _write_part(
+                        k_ptr, cache_k_ptr, entry_k_ptr, position_k_ptr, weight_k_ptr,
+                        inv_freq_ptr, rope_scale, table, block, token, at, chunk_first, head,
+                        stride_kt, stride_kh, stride_ckn, stride_ckh, stride_ckp,
+                        stride_ekn, stride_ekh, stride_eke,
+                        DK, DK_PAD, ROTARY, LEN, LEN_PAD, STRIDE, PAGE, WEIGHTED_K, POSITION_K,
+                    )  # fmt: skip
+                else:
+                    _write_part(
+                        v_ptr, cache_v_ptr, entry_v_ptr, position_v_ptr, weight_v_ptr,
+                        inv_freq_ptr, rope_scale, table, block, token, at, chunk_first, head,
+                        stride_vt, stride_vh, stride_cvn, stride_cvh, stride_cvp,
+                        stride_evn, stride_evh, stride_eve,
+                        DV, DV_PAD, 0, LEN, LEN_PAD, STRIDE, PAGE, WEIGHTED_V, POSITION_V,
+                    )  # fmt: skip
 
 
 def _parameter(x: Tensor | None, other: Tensor) -> Tensor:
@@ -276,7 +281,7 @@ def _launch_write(
     entries = kv if compressed is None else compressed
     phi_k, phi_v, inv_freq = compressor.k, compressor.v, compressor.inv_freq
     tokens = 1 if batch.max_query_len <= 8 else _PREFILL_TOKENS
-    _write[k.shape[1], triton.cdiv(batch.num_tokens, tokens)](
+    _write[k.shape[1], triton.cdiv(batch.num_tokens, tokens), 2](
         k, v, kv.k, kv.v, entries.k, entries.v,
         _parameter(phi_k.position, k), _parameter(phi_v.position, k),
         _parameter(phi_k.weight, k) if in_kernel else k,
