@@ -50,6 +50,7 @@ class ModelSource:
     chat_template: str | None = None  # a file
     random_weights: bool = False  # benchmarks of a shape without a checkpoint
     mock_token_rate: float | None = None  # no model at all: tokens/s of each request
+    cpu_offload_bytes: int = 0  # of layers' weights, in host memory and copied for every step
     seed: int = 0
 
     @property
@@ -144,6 +145,8 @@ class EngineConfig:
         _need(kv is None or kv > 0, f"--kv-cache-memory-bytes must be positive, not {kv}")
         host = self.cache.kv_host_memory_bytes
         _need(host >= 0, f"--kv-host-memory-bytes must not be negative, not {host}")
+        offload = self.source.cpu_offload_bytes
+        _need(offload >= 0, f"--cpu-offload-bytes must not be negative, not {offload}")
         rate = self.source.mock_token_rate
         _need(rate is None or 0 < rate <= 1e6, f"--mock-engine must be tokens/s, not {rate}")
         length = self.source.max_model_len

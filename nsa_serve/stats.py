@@ -28,6 +28,19 @@ class TierReport(msgspec.Struct, frozen=True):
     stall_seconds: float = 0.0  # computation waited for copies of whole pages
 
 
+class StreamReport(msgspec.Struct, frozen=True):
+    """What copying weights to the device has taken since the engine started."""
+
+    num_bytes: int = 0
+    seconds: float = 0.0  # that the copies took
+    stall_seconds: float = 0.0  # that computation waited for them
+
+    @property
+    def overlap(self) -> float:
+        """Share of the copies' time in which something was computed, 0 to 1."""
+        return 1 - min(1.0, self.stall_seconds / self.seconds) if self.seconds else 1.0
+
+
 class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All counters at one moment. Counts only grow over an engine's life; gauges say so."""
 
@@ -55,6 +68,7 @@ class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     iteration_tokens: int  # tokens computed in all steps
     tier: TierReport | None = None  # None: there is no host tier
     num_blocks_spilled: int = 0  # gauge: of those that hold something, in host memory alone
+    stream: StreamReport | None = None  # None: all weights are on the device
 
     @property
     def cache_usage(self) -> float:
@@ -88,6 +102,7 @@ class EngineStats:
     iteration_buckets: list[int] = field(default_factory=lambda: [0] * (len(ITERATION_BUCKETS) + 1))
     iteration_tokens: int = 0
     tier: TierReport | None = None
+    stream: StreamReport | None = None
 
     def count_step(self, num_tokens: int) -> None:
         self.num_steps += 1
@@ -142,4 +157,5 @@ class EngineStats:
             iteration_buckets=list(self.iteration_buckets),
             iteration_tokens=self.iteration_tokens,
             tier=self.tier,
+            stream=self.stream,
         )

@@ -193,6 +193,14 @@ class EngineFlags:
             help="Host memory for pages that the cache has no room for, such as 64GiB.",
         ),
     ] = "0"
+    cpu_offload_bytes: Annotated[
+        str,
+        _flag(
+            _MEMORY,
+            "--cpu-offload-bytes",
+            help="Weights that the GPU has no room for, copied from host memory every step.",
+        ),
+    ] = "0"
     kv_cache_dtype: Annotated[
         str, _flag(_MEMORY, "--kv-cache-dtype", help="auto: the model's type.")
     ] = "auto"
@@ -251,6 +259,7 @@ class EngineFlags:
             mock_token_rate=self.mock_engine,
             kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
             kv_host_memory_bytes=parse_bytes(self.kv_host_memory_bytes),
+            cpu_offload_bytes=parse_bytes(self.cpu_offload_bytes),
             enable_prefix_caching=self.prefix_caching,
         )
 

@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from ..request import RequestOutput, RequestTimes
-from ..stats import ITERATION_BUCKETS, StatsSnapshot, TierReport
+from ..stats import ITERATION_BUCKETS, StatsSnapshot, StreamReport, TierReport
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -47,10 +47,15 @@ _TOKENS = tuple(
 _SUCCESSES = ("stop", "length", "tool_calls")
 
 _NO_TIER = TierReport()
+_NO_STREAM = StreamReport()
 
 
 def _tier(snapshot: StatsSnapshot) -> TierReport:
     return snapshot.tier or _NO_TIER
+
+
+def _stream(snapshot: StatsSnapshot) -> StreamReport:
+    return snapshot.stream or _NO_STREAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,11 @@ _NUMBERS = (
     _Counted("kv_host_in_transfers", "Copies they took", lambda s: _tier(s).in_transfers),
     _Counted("kv_host_in_seconds", "Time they took", lambda s: _tier(s).in_seconds),
     _Counted("kv_host_stall_seconds", "Steps waited for copies", lambda s: _tier(s).stall_seconds),
+    _Counted(
+        "weights_streamed_bytes", "Weights copied to the device", lambda s: _stream(s).num_bytes
+    ),
+    _Counted("weights_copy_seconds", "Time the copies took", lambda s: _stream(s).seconds),
+    _Counted("weights_stall_seconds", "Steps waited for them", lambda s: _stream(s).stall_seconds),
     _Counted("request_errored", "Requests that failed", lambda s: s.num_finished.get("error", 0)),
 )
 

@@ -53,8 +53,15 @@ class PinnedMemory:
     """
 
     def __init__(
-        self, num_bytes: int, pin: Pin | None = None, *, unit: int = 1, piece: int = _PIECE
+        self,
+        num_bytes: int,
+        pin: Pin | None = None,
+        *,
+        flag: str = "--kv-host-memory-bytes",
+        unit: int = 1,
+        piece: int = _PIECE,
     ) -> None:
+        self._flag = flag
         self._memory = allocate_large(num_bytes, torch.uint8)
         self._pin = pin or pin_for_cuda
         whole = math.lcm(unit, mmap.PAGESIZE)
@@ -74,10 +81,11 @@ class PinnedMemory:
             length = min(self._piece, asked - start)
             if not self._pin(self._memory.data_ptr() + start, length):
                 logger.warning(
-                    "the system page-locks only %d of the %d bytes of --kv-host-memory-bytes: "
+                    "the system page-locks only %d of the %d bytes of %s: "
                     "raise the limit of locked memory (ulimit -l), or lower that flag",
                     start,
                     asked,
+                    self._flag,
                 )
                 return
             self._num_pinned = start + length

@@ -19,6 +19,7 @@ from .freed_memory import keep_freed_memory
 from .layers import activation_dtype, build_linear
 from .rope import Rotary, build_rotary
 from .step import StepInputs
+from .weight_stream import WeightStream
 
 Tensor = torch.Tensor
 
@@ -99,6 +100,7 @@ class Decoder:
     ``weights`` are by the names of ``families.placement`` and are used up: the caller keeps none.
     ``four_bit``, by the same names, are those that are multiplied as the file stores them.
     ``deterministic``: products in an order of sums that the other tokens of a step do not change.
+    ``stream``: what copies the weights of some layers to the device, step by step.
     """
 
     def __init__(
@@ -108,8 +110,10 @@ class Decoder:
         *,
         four_bit: Mapping[str, FourBitWeight] = MappingProxyType({}),
         deterministic: bool = False,
+        stream: WeightStream | None = None,
     ) -> None:
         self.config = config
+        self.stream = stream
         self.embed = weights.pop("embed")
         self.device, self.dtype = self.embed.device, self.embed.dtype
         self.deterministic = deterministic
@@ -147,8 +151,15 @@ class Decoder:
         residual = F.embedding(step.token_ids, self.embed).to(wide)
         x = ops.rms_norm(residual, self.layers[0].input_norm, eps=eps)
         following = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
-        for layer, norm in zip(self.layers, following, strict=True):
+        stream = self.stream
+        if stream is not None:
+            stream.begin()
+        for index, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
+            if stream is not None:
+                stream.enter(index)
             x, residual = layer(x, residual, cos, sin, step)
+            if stream is not None:
+                stream.leave(index)
             x, residual = ops.add_rms_norm(x, residual, norm, eps=eps)
         hidden: Tensor = x.to(self.dtype)
         return hidden

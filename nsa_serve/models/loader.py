@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -23,6 +24,7 @@ from .four_bit import FourBitRows, FourBitWeight, fits_product, four_bit_rows, i
 from .gguf_config import PERMUTED, ROPE_FACTORS, hf_tensor_name
 from .gguf_file import TensorEntry
 from .layers import uses_four_bit
+from .weight_stream import WeightStream
 
 Tensor = torch.Tensor
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), as stored
@@ -42,18 +44,27 @@ def load_decoder(
     seed: int | None = None,
     progress: Progress | None = None,
     deterministic: bool = False,
+    stream: WeightStream | None = None,
 ) -> Decoder:
     """The model on ``device``. With ``seed``, random weights instead of the checkpoint's.
 
-    ``deterministic`` as of ``Decoder``.
+    ``deterministic`` and ``stream`` as of ``Decoder``; what it streams is loaded to the host.
 
     Raises ``CheckpointError``, naming file and key, where a tensor is missing, has another shape,
     or has no place in the model.
     """
+    homes = {} if stream is None else stream.host_weights()
     if seed is not None:
-        weights = random_weights(config, device=device, dtype=dtype, seed=seed)
+        weights = random_weights(config, device=device, dtype=dtype, seed=seed, homes=homes)
+    else:
+        weights = load_weights(
+            checkpoint, config, device=device, dtype=dtype, progress=progress, homes=homes
+        )
+    if stream is not None:
+        stream.adopt(weights)
+        return Decoder(config, weights, deterministic=deterministic, stream=stream)
+    if seed is not None:
         return Decoder(config, weights, deterministic=deterministic)
-    weights = load_weights(checkpoint, config, device=device, dtype=dtype, progress=progress)
     packs = uses_four_bit(device, dtype) and not deterministic
     four_bit = load_four_bit(checkpoint, config) if packs else {}
     return Decoder(config, weights, four_bit=four_bit, deterministic=deterministic)
@@ -82,8 +93,12 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    homes: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """Every parameter by name, each row filled exactly once; ``progress`` after every tensor."""
+    """Every parameter by name, each row filled exactly once; ``progress`` after every tensor.
+
+    ``homes``, zeroed, hold those parameters that are not to lie on ``device``.
+    """
     if checkpoint.base is not None:
         return _load_merged(checkpoint, checkpoint.base, config, device, dtype, progress)
     checkpoint.check_digest()
@@ -91,7 +106,10 @@ def load_weights(
     names = _expected_names(checkpoint, config, places)
     # Rows that no tensor fills (padding, biases of some parts alone) stay 0.
     shapes = parameter_shapes(config)
-    weights = {name: torch.zeros(s, device=device, dtype=dtype) for name, s in shapes.items()}
+    weights = {
+        name: homes[name] if name in homes else torch.zeros(shape, device=device, dtype=dtype)
+        for name, shape in shapes.items()
+    }
     done, total = 0, sum(checkpoint.tensors[name].num_bytes for name in names)
     for name, tensor in read_tensors(checkpoint, config, names, device):
         place = places[_our_source(checkpoint, name)]
@@ -169,14 +187,23 @@ def _read_four_bit(checkpoint: Checkpoint, config: ModelConfig, name: str) -> Fo
 
 
 def random_weights(
-    config: ModelConfig, *, device: torch.device, dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    homes: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """Weights drawn on the device, scaled so that activations stay of order one."""
+    """Weights drawn on the device, scaled so that activations stay of order one.
+
+    Those with a home in ``homes`` go there.
+    """
     generator = torch.Generator(device).manual_seed(seed)
-    return {
-        name: _random(name, shape, generator, dtype)
-        for name, shape in parameter_shapes(config).items()
-    }
+    weights = {}
+    for name, shape in parameter_shapes(config).items():
+        drawn = _random(name, shape, generator, dtype)
+        weights[name] = homes[name].copy_(drawn) if name in homes else drawn
+    return weights
 
 
 def _random(

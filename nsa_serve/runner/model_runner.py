@@ -13,8 +13,9 @@ import torch
 from ..memory.device_pool import DevicePool
 from ..memory.tier import HostTier
 from ..models.step import StepInputs
+from ..models.weight_stream import WeightStream
 from ..request import TokenTrace
-from ..schedule.plan import SampledToken, ScheduledChunk, StepPlan, StepResult
+from ..schedule.plan import SampledToken, ScheduledChunk, StepPlan, StepResult, StreamReport
 from .graphs import GraphSet
 from .inputs import StepBuffers, StepShape
 from .prompt_logprobs import PromptRows, PromptSpan, prompt_entries
@@ -38,6 +39,18 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class StreamCount:
+    """What has been streamed up to a step, once its tensors are on the host."""
+
+    num_bytes: int
+    nanoseconds: torch.Tensor  # [2] int64: of copies, of waiting for them
+
+    def report(self) -> StreamReport:
+        seconds, stalled = (self.nanoseconds / 1e9).tolist()
+        return StreamReport(self.num_bytes, seconds, stalled)
+
+
+@dataclass(frozen=True, slots=True)
 class PendingStep:
     """A launched step; its tensors are on the host once ``done`` has come (None: already)."""
 
@@ -50,6 +63,7 @@ class PendingStep:
     tier: HostTier | None = None
     tier_counts: torch.Tensor | None = None  # [3] int64
     lost_block_ids: tuple[int, ...] = ()
+    streamed: StreamCount | None = None
 
     def result(self) -> StepResult:
         """What came of the step, after waiting for it alone."""
@@ -60,7 +74,9 @@ class PendingStep:
         report = None
         if self.tier is not None and self.tier_counts is not None:
             report = self.tier.report(self.tier_counts)
-        return StepResult(self.plan.step_id, tokens, prompts, report, list(self.lost_block_ids))
+        stream = None if self.streamed is None else self.streamed.report()
+        lost = list(self.lost_block_ids)
+        return StepResult(self.plan.step_id, tokens, prompts, report, stream, lost)
 
 
 def _tokens(plan: StepPlan, sampled: Sampled, trace: StepTrace | None) -> list[SampledToken]:
@@ -99,10 +115,13 @@ class ModelRunner:
         use_graphs: bool,
         uniform: bool = False,
         tier: HostTier | None = None,
+        stream: WeightStream | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
         self.tier = tier
+        self.stream = stream
+        self._num_streamed = 0  # bytes
         self.buffers = StepBuffers(
             pool,
             max_rows=max_rows,
@@ -145,8 +164,17 @@ class ModelRunner:
         logprobs = self._prompt_logprobs(prompt_hidden, spans)
         counts = None if self.tier is None else to_host(self.tier.counts)
         lost = () if self.tier is None else self.tier.take_lost()
+        streamed = self._count_streamed()
         done = record_event() if self.pool.device.type == "cuda" else None
-        return PendingStep(plan, sampled, spans, logprobs, trace, done, self.tier, counts, lost)
+        return PendingStep(
+            plan, sampled, spans, logprobs, trace, done, self.tier, counts, lost, streamed
+        )
+
+    def _count_streamed(self) -> StreamCount | None:
+        if self.stream is None:
+            return None
+        self._num_streamed += self.stream.plan.host_bytes
+        return StreamCount(self._num_streamed, to_host(self.stream.nanoseconds))
 
     def _change_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:

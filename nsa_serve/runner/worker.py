@@ -19,7 +19,8 @@ from ..models.config import ModelConfig, with_attention, with_context
 from ..models.decoder import Decoder
 from ..models.families import model_config
 from ..models.layers import choose_dtype
-from ..models.loader import load_decoder, num_weight_bytes
+from ..models.loader import load_decoder, num_weight_bytes, parameter_shapes
+from ..models.weight_stream import StreamPlan, WeightStream
 from ..schedule.plan import StepPlan
 from .budget import CacheSize, check_weights, default_cpu_cache, free_bytes, shown, size_cache
 from .model_runner import ModelRunner, PendingStep
@@ -53,7 +54,9 @@ class Worker:
         self.token_budget = token_budget(config, self.device)
         self._free_at_start = free_bytes(self.device)
         self.num_weight_bytes = num_weight_bytes(self.model_config, self.dtype)
+        self.stream_plan = self._plan_stream()
         self._check_fit()
+        self._offloaded = self._reserve_weights()
         self._pinned = self._reserve_host()
         self.model = self._load(progress)
         self.tiers: TierSize | None = None
@@ -84,6 +87,12 @@ class Worker:
         return self.device.type
 
     @property
+    def num_device_bytes(self) -> int:
+        """Bytes of the weights on the device, buffers of those that are streamed among them."""
+        saved = 0 if self.stream_plan is None else self.stream_plan.saved_bytes
+        return self.num_weight_bytes - saved
+
+    @property
     def num_cache_tokens(self) -> int:
         return self.num_blocks * self.page
 
@@ -97,8 +106,11 @@ class Worker:
         if self.tiers is not None:
             host = self.tiers.num_host * self.layout.bytes_per_slot
             cache = f"{cache} and {shown(host)} of the host's memory"
+        weights = shown(self.num_device_bytes)
+        if self.stream_plan is not None:
+            weights = f"{weights} and {shown(self.stream_plan.host_bytes)} streamed"
         return (
-            f"{self.dtype_name} on {self.device_name}, weights {shown(self.num_weight_bytes)}, "
+            f"{self.dtype_name} on {self.device_name}, weights {weights}, "
             f"cache {self.num_cache_tokens:,} tokens ({cache}), context {self.max_model_len:,}"
         )
 
@@ -113,13 +125,49 @@ class Worker:
         """Refuse what can't fit, before the weights are loaded."""
         asked = self.config.cache.kv_cache_memory_bytes or 0
         flags = _TOO_BIG[self.device.type]
-        weights, free, usable = self.num_weight_bytes, self._free_at_start, self._usable
+        weights, free, usable = self.num_device_bytes, self._free_at_start, self._usable
         check_weights(weights, free, usable=usable, flags=flags)
         if weights + asked >= free:
             raise ConfigError(
                 f"weights of {shown(weights)} and --kv-cache-memory-bytes {asked} "
                 f"({shown(asked)}) exceed the free memory of {shown(free)}: lower that flag"
             )
+
+    def _plan_stream(self) -> StreamPlan | None:
+        asked = self.config.source.cpu_offload_bytes
+        if not asked:
+            return None
+        if self.device.type != "cuda":
+            raise ConfigError(
+                "--cpu-offload-bytes needs a GPU: on a CPU all weights lie in host memory"
+            )
+        shapes = parameter_shapes(self.model_config)
+        return StreamPlan.of(shapes, self.model_config.num_layers, self.dtype, asked)
+
+    def _reserve_weights(self) -> PinnedMemory | None:
+        """Begin to page-lock what ``--cpu-offload-bytes`` keeps in host memory."""
+        plan = self.stream_plan
+        if plan is None:
+            return None
+        free = free_bytes(torch.device("cpu"))
+        if plan.host_bytes >= free:
+            raise ConfigError(
+                f"--cpu-offload-bytes {self.config.source.cpu_offload_bytes} exceeds the host's "
+                f"free memory of {shown(free)}: lower that flag"
+            )
+        return PinnedMemory(plan.host_bytes, flag="--cpu-offload-bytes", unit=plan.layer_bytes)
+
+    def _build_stream(self) -> WeightStream | None:
+        plan, memory = self.stream_plan, self._offloaded
+        if plan is None or memory is None:
+            return None
+        host = memory.wait()
+        if host.numel() < plan.host_bytes:
+            raise ConfigError(
+                f"--cpu-offload-bytes: the system page-locks only {shown(host.numel())} of "
+                f"{shown(plan.host_bytes)}: raise the limit of locked memory (ulimit -l)"
+            )
+        return WeightStream(plan, host.view(self.dtype), self.device)
 
     def _reserve_host(self) -> PinnedMemory | None:
         """Check what ``--kv-host-memory-bytes`` asks for, and begin to page-lock it for a GPU."""
@@ -169,6 +217,7 @@ class Worker:
             seed=source.seed if source.random_weights else None,
             progress=progress,
             deterministic=self.config.graph.deterministic,
+            stream=self._build_stream(),
         )
 
     def _size_cache(self) -> CacheSize:
@@ -259,6 +308,7 @@ class Worker:
             use_graphs=use_graphs and not eager,
             uniform=graph.deterministic,
             tier=tier,
+            stream=self.model.stream,
         )
 
 

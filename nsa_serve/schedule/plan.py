@@ -7,6 +7,7 @@ import msgspec
 from ..cache.residence import BlockMove as BlockMove
 from ..cache.residence import ResidenceUpdate as ResidenceUpdate
 from ..request import SamplingParams, TokenLogprob, TokenTrace
+from ..stats import StreamReport as StreamReport
 from ..stats import TierReport as TierReport
 
 
@@ -72,4 +73,5 @@ class StepResult(msgspec.Struct, frozen=True):
     tokens: list[SampledToken]  # one for each chunk that samples, in the plan's order
     prompt_logprobs: list[PromptLogprobs] = []
     tier: TierReport | None = None  # None: no host tier
+    stream: StreamReport | None = None  # None: all weights are on the device
     lost_block_ids: list[int] = []  # their pages could not be copied, and what was read is void

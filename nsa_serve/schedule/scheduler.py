@@ -155,6 +155,7 @@ class Scheduler:
         plan = launched.plan
         assert plan.step_id == result.step_id, f"step {plan.step_id} is due, not {result.step_id}"
         self.stats.tier = result.tier or self.stats.tier
+        self.stats.stream = result.stream or self.stats.stream
         pieces = {piece.request_id: piece for piece in result.prompt_logprobs}
         tokens = iter(result.tokens)
         updates = self._fail_holders(result.lost_block_ids, now)
