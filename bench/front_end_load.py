@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -96,8 +97,12 @@ def request_bytes(load: Load, path: str) -> bytes:
     return head.encode() + content
 
 
-async def drive(server: ServerUnderTest, load: Load, path: str) -> dict[str, Any]:
-    """Run the load against the server; figures of the measured window."""
+async def drive(
+    server: ServerUnderTest, load: Load, path: str, *, sampled: bool = False
+) -> dict[str, Any]:
+    """Run the load against the server; figures of the measured window, which is what a server
+    that samples itself samples.
+    """
     loop = asyncio.get_running_loop()
     request = request_bytes(load, path)
     readers = []
@@ -108,9 +113,13 @@ async def drive(server: ServerUnderTest, load: Load, path: str) -> dict[str, Any
         readers.append(reader)
         await asyncio.sleep(RAMP / load.num_streams)
     await asyncio.sleep(MARGIN)
+    if sampled:
+        os.kill(server.pid, signal.SIGUSR2)
     start, busy = time.monotonic(), cpu_seconds(server.pid)
     await asyncio.sleep(load.seconds)
     stop, busy = time.monotonic(), cpu_seconds(server.pid) - busy
+    if sampled:
+        os.kill(server.pid, signal.SIGUSR2)
     await asyncio.gather(*(reader.ended for reader in readers))
     return figures(readers, load, start, stop, busy)
 
@@ -154,7 +163,7 @@ def measure(load: Load, path: str, profile: Path | None = None) -> dict[str, Any
         serving(*flags, command=sampled if profile else COMMAND) as server,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(drive(server, load, path))
+        return runner.run(drive(server, load, path, sampled=profile is not None))
 
 
 def conditions() -> dict[str, Any]:
@@ -163,6 +172,7 @@ def conditions() -> dict[str, Any]:
         "num_cores": os.cpu_count(),
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
+        "real_time": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
         "nice": os.nice(0),
     }
 

@@ -1,7 +1,8 @@
 """``python -m nsa_serve.bench.sampled FILE serve ...``: the command line, its time sampled.
 
-Every millisecond of processor time the main thread's stack is noted; FILE gets, as JSON, the share
-of samples in which each function was running, and in which it was anywhere on the stack.
+From one SIGUSR2 to the next, every millisecond of processor time the main thread's stack is noted;
+FILE gets, as JSON, the share of samples in which each function was running, and in which it was
+anywhere on the stack.
 """
 
 from __future__ import annotations
@@ -20,19 +21,24 @@ NUM_SHOWN = 25
 
 
 class Sampler:
-    """Counts functions on the stack; ``install`` starts it, ``report`` tells."""
+    """Counts functions on the stack between two signals."""
 
     def __init__(self) -> None:
         self.num_samples = 0
+        self._samples = False
         self._running: Counter[str] = Counter()
         self._on_stack: Counter[str] = Counter()
 
     def install(self) -> None:
         signal.signal(signal.SIGPROF, self._sample)
-        signal.setitimer(signal.ITIMER_PROF, INTERVAL, INTERVAL)
+        signal.signal(signal.SIGUSR2, self._toggle)
+
+    def _toggle(self, number: int, frame: FrameType | None) -> None:
+        self._samples = not self._samples
+        interval = INTERVAL if self._samples else 0
+        signal.setitimer(signal.ITIMER_PROF, interval, interval)
 
     def report(self) -> dict[str, object]:
-        signal.setitimer(signal.ITIMER_PROF, 0)
         return {
             "num_samples": self.num_samples,
             "running": self._shares(self._running),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,8 @@ from .prometheus import Metrics
 from .recent import Recent
 
 Arrival = tuple[int, RequestOutput]
+# Writes an output of a choice at once, or says that it can't now.
+WriteThrough = Callable[[int, RequestOutput], bool]
 # Outputs that wait here for a slow client; more wait merged, in their streams.
 MAX_QUEUED = 64
 
@@ -29,7 +32,9 @@ class Generation:
     """Runs one engine request for each choice and gathers their outputs in the order they come.
 
     One list takes the outputs, failures, the client's disconnect and the server's shutdown, so
-    that whoever reads it waits in one place. Leaving the block aborts what isn't finished.
+    that whoever reads it waits in one place. Outputs that come while it waits go through
+    ``write_through`` if there is one, past list and task. Leaving the block aborts what isn't
+    finished.
     """
 
     def __init__(
@@ -52,6 +57,9 @@ class Generation:
         self._arrived = asyncio.Event()  # set when something is queued
         self._taken = asyncio.Event()  # set when the queue has been emptied
         self._error: Exception | None = None
+        self.write_through: WriteThrough | None = None
+        self._waits = False  # the reader has all that came
+        self._active_at = 0.0  # when the last output was written through
         self._tasks: list[asyncio.Task[None]] = []
         self._last_token_at: dict[int, float] = {}  # by choice, on the event loop's clock
         self.num_unfinished = len(requests)
@@ -96,7 +104,8 @@ class Generation:
             self._admission.leave(self)
 
     async def arrivals(self, timeout: float | None = None) -> list[Arrival]:
-        """All outputs that have come; waits for the first, and gives [] after ``timeout`` seconds.
+        """All outputs that have come; waits for the first, and gives [] after ``timeout`` seconds
+        in which none was written through either.
 
         Raises what ended the generation: ``StepFailed``, ``RequestTimeout``, ``EngineDead``,
         ``Overloaded``, ``ClientGone``.
@@ -110,17 +119,45 @@ class Generation:
         return self._accept(taken)
 
     async def _wait(self, timeout: float | None) -> None:
-        # A bare timer, since this is done for every token: asyncio.timeout costs nine of them.
-        loop = asyncio.get_running_loop()
-        timer = None if timeout is None else loop.call_later(timeout, self._arrived.set)
-        self._arrived.clear()
+        self._waits = True
         try:
-            await self._arrived.wait()
+            await (self._arrived_soon() if timeout is None else self._arrived_within(timeout))
         finally:
-            if timer is not None:
+            self._waits = False
+
+    async def _arrived_soon(self) -> None:
+        self._arrived.clear()
+        await self._arrived.wait()
+
+    async def _arrived_within(self, timeout: float) -> None:
+        """Wait until something is queued, or there was silence for ``timeout`` seconds."""
+        loop = asyncio.get_running_loop()
+        self._active_at = loop.time()
+        while not self._queued and (left := self._active_at + timeout - loop.time()) > 0:
+            # A bare timer: asyncio.timeout costs nine of them.
+            timer = loop.call_later(left, self._arrived.set)
+            try:
+                await self._arrived_soon()
+            finally:
                 timer.cancel()
 
+    def _offer(self, index: int, output: RequestOutput) -> bool:
+        """Write an output past the queue, where its reader waits; true where that was done."""
+        write = self.write_through
+        if write is None or not self._waits or output.finish_reason is not None:
+            return False
+        try:
+            written = write(index, output)
+        except Exception as error:
+            self._put(error)
+            return True
+        if written:
+            self._active_at = asyncio.get_running_loop().time()
+            self._observe(index, output)
+        return written
+
     def _put(self, item: Arrival | Exception) -> None:
+        self._waits = False
         self._queued.append(item)
         self._arrived.set()
 
@@ -150,7 +187,7 @@ class Generation:
             self._recent.observe(self._requests[index], output)
 
     async def _pump(self, index: int, request: EngineRequest) -> None:
-        outputs = self._engine.submit(request)
+        outputs = self._engine.submit(request, partial(self._offer, index))
         try:
             async for output in outputs:
                 self._put(_failure(output) or (index, output))

@@ -6,7 +6,7 @@ import asyncio
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ..errors import InvalidParameter
 from .errors import error_response
@@ -14,6 +14,28 @@ from .errors import error_response
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 128
 HEAD_SECONDS = 30.0
+BODY_WRITER = "nsa_serve.body_writer"  # its name among a scope's extensions
+
+
+class BodyWriter:
+    """Writes pieces of a streamed body that has begun, without the way through all layers.
+
+    They let these pass anyway, and there is one for every token of every stream.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        """Whether a piece can be written now: not before the head, nor to who reads too slowly."""
+        cycle = self._cycle
+        return bool(cycle.chunked_encoding and cycle.response_started) and not (
+            cycle.flow.write_paused or cycle.response_complete or cycle.disconnected
+        )
+
+    def write(self, piece: bytes) -> None:
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -63,6 +85,9 @@ class BoundedHttp(HttpToolsProtocol):
         self._num_unfinished = 0
         self._stop_waiting()
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            extensions: dict[str, Any] = {BODY_WRITER: BodyWriter(self.cycle)}
+            self.scope["extensions"] = extensions
 
     def send_400_response(self, msg: str) -> None:
         """Answer what can't be read and close; called for whatever a callback raised, too."""

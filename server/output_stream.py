@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
 
@@ -11,6 +12,9 @@ from ..engine.messages import Rejection
 from ..errors import InvalidParameter, NSAServeError, Overloaded
 from ..request import RequestOutput
 
+# Is offered each output that follows those its reader has; True where it has taken it.
+Sink = Callable[[RequestOutput], bool]
+
 # Outputs that may wait unmerged: a token's text is a few bytes, its output a few hundred.
 NUM_UNMERGED = 64
 
@@ -18,7 +22,8 @@ NUM_UNMERGED = 64
 class OutputStream:
     """Outputs of one request on their way to its reader; a slow reader gets them merged."""
 
-    def __init__(self) -> None:
+    def __init__(self, sink: Sink | None = None) -> None:
+        self._sink = sink
         self._outputs: list[RequestOutput] = []
         self._merge_at = NUM_UNMERGED
         self._error: NSAServeError | None = None
@@ -26,11 +31,14 @@ class OutputStream:
         self.abandoned = False  # nobody reads any more; kept until the engine has ended it
 
     def push(self, output: RequestOutput) -> None:
-        if not self.abandoned:
-            self._outputs.append(output)
-            self._arrived.set()
-            if len(self._outputs) >= self._merge_at:
-                self._compact()
+        if self.abandoned:
+            return
+        if not self._outputs and self._sink is not None and self._sink(output):
+            return
+        self._outputs.append(output)
+        self._arrived.set()
+        if len(self._outputs) >= self._merge_at:
+            self._compact()
 
     def fail(self, error: NSAServeError) -> None:
         self._error = error

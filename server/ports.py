@@ -7,13 +7,19 @@ from typing import Any, Protocol
 
 from ..request import EngineRequest, RequestOutput
 from ..stats import CacheMap, StatsSnapshot
+from .output_stream import Sink
 
 
 class Engine(Protocol):
     """The engine as the server sees it."""
 
-    def submit(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs until the final one. Closing the iterator early aborts the request."""
+    def submit(
+        self, request: EngineRequest, sink: Sink | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs until the final one. Closing the iterator early aborts the request.
+
+        Those that a ``sink`` takes come to it and not here; it must not raise.
+        """
 
     async def ping(self, timeout: float) -> None:
         """Return once the engine loop has answered; else ``TimeoutError`` or ``EngineDead``."""

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from ..request import RequestOutput, Usage
 from .errors import error_body, error_response, log_failure
 from .generation import ClientGone, Generation
+from .http_protocol import BODY_WRITER, BodyWriter
 from .replies import Chunk, Reply
 from .request_log import CLIENT_LEFT
 
@@ -86,8 +87,11 @@ class EventStream(Response):
         self._keep_alive = keep_alive
         self._usages: dict[int, Usage] = {}
         self._started = False
+        self._writer: BodyWriter | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._writer = scope.get("extensions", {}).get(BODY_WRITER)
+        self._generation.write_through = self._write_through if self._writer else None
         try:
             async with self._generation:
                 while self._generation.num_unfinished:
@@ -113,6 +117,15 @@ class EventStream(Response):
         if output.usage is not None:
             self._usages[index] = output.usage
         return "".join(self._shape.frame(chunk) for chunk in self._shape.chunks(index, output))
+
+    def _write_through(self, index: int, output: RequestOutput) -> bool:
+        """Write an output's events without waiting; false before the start and to a slow client."""
+        if self._writer is None or not self._writer.ready:
+            return False
+        text = self._events(index, output)
+        if text:
+            self._writer.write(text.encode("utf-8", "replace"))
+        return True
 
     def _closing(self) -> str:
         last = self._shape.usage_chunk([self._usages[index] for index in sorted(self._usages)])

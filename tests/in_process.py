@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 
 from nsa_serve.engine.engine import Engine
 from nsa_serve.request import EngineRequest, RequestOutput
+from nsa_serve.server.output_stream import Sink
 from nsa_serve.stats import StatsSnapshot
 
 
@@ -16,7 +17,9 @@ class InProcessEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def submit(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
+    async def submit(
+        self, request: EngineRequest, sink: Sink | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
         self._engine.add(request, time.monotonic())
         while self._engine.has_work:
             for output in self._engine.step(time.monotonic()):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 
 import pytest
 
 from nsa_serve.errors import EngineDead, Overloaded
+from nsa_serve.request import EngineRequest, RequestOutput, SamplingParams
 from nsa_serve.server import replies
 from nsa_serve.server.admission import Admission
+from nsa_serve.server.generation import Generation
+from nsa_serve.server.http_protocol import BODY_WRITER
 from nsa_serve.server.prometheus import Metrics
+from nsa_serve.server.recent import Recent
 from tests.server_fakes import FakeEngine, events, fake_server
+from tests.virtual_time import run_virtually
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True}).encode()
 
@@ -20,17 +26,24 @@ BODY = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": Tr
 class RawClient:
     """A client at the level of ASGI, which sees each piece as it is sent and can leave."""
 
-    def __init__(self, app, body=BODY):
+    def __init__(self, app, body=BODY, writer=None):
         self._app = app
+        self._writer = writer
         self._incoming = asyncio.Queue()
         self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
         self.sent = asyncio.Queue()
-        self.task = asyncio.create_task(self._app(self._scope(), self._incoming.get, self.sent.put))
+        self.begun = False  # the head of the answer has come
+        self.task = asyncio.create_task(self._app(self._scope(), self._incoming.get, self._take))
 
-    @staticmethod
-    def _scope():
+    async def _take(self, message):
+        self.begun = True
+        self.sent.put_nowait(message)
+
+    def _scope(self):
         path = "/v1/chat/completions"
+        extensions = {} if self._writer is None else {BODY_WRITER: self._writer}
         return {
+            "extensions": extensions,
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
             "scheme": "http", "server": ("server", 80), "client": ("client", 1),
@@ -63,6 +76,98 @@ async def _settled(condition):
 
 def _app(server):
     return server.client._transport.app
+
+
+class Written:
+    """A writer past the layers, into what the client is sent; ``readiness`` at each look."""
+
+    def __init__(self, readiness):
+        self._readiness = iter(readiness)
+        self.client = None
+        self.pieces = []
+        self.fails_at = None
+
+    @property
+    def ready(self):
+        return self.client.begun and next(self._readiness)
+
+    def write(self, piece):
+        if len(self.pieces) == self.fails_at:
+            raise RuntimeError("no such thing at /srv")
+        self.pieces.append(piece)
+        self.client.sent.put_nowait({"type": "http.response.body", "body": piece})
+
+
+def _written_through(writer, reply):
+    async def scenario():
+        async with fake_server() as server:
+            server.engine.reply = reply
+            writer.client = RawClient(_app(server), writer=writer)
+            text = await writer.client.until("[DONE]")
+            await writer.client.task
+            return text, server.services.admission.num_open
+
+    return asyncio.run(scenario())
+
+
+def _content(text):
+    lines = [line for line in text.split("\n\n") if line.startswith("data: {")]
+    choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("readiness", "some"),
+    [
+        (itertools.repeat(True), True),
+        (itertools.cycle([True, False, False]), True),
+        (itertools.repeat(False), False),
+    ],
+    ids=["always", "now and then", "never"],
+)
+def test_a_stream_is_whole_and_in_order_however_much_is_written_at_once(readiness, some):
+    reply = "".join(chr(ord("a") + i % 26) for i in range(300))
+    writer = Written(readiness)
+    text, num_open = _written_through(writer, reply)
+    assert _content(text) == reply
+    assert num_open == 0
+    assert bool(writer.pieces) == some
+
+
+def test_a_piece_that_can_not_be_written_at_once_ends_its_stream_with_an_error():
+    writer = Written(itertools.repeat(True))
+    writer.fails_at = 3
+    text, num_open = _written_through(writer, "Hello, you there")
+    assert '"code":"internal_error"' in text
+    assert "/srv" not in text
+    assert num_open == 0
+
+
+def test_silence_is_counted_from_the_last_output_that_was_written_through():
+    class Steady(FakeEngine):
+        async def submit(self, request, sink=None):
+            for _ in range(5):
+                await asyncio.sleep(6)
+                assert sink(RequestOutput(request_id=request.request_id, token_ids=[1]))
+            await asyncio.Event().wait()
+            yield
+
+    async def scenario(clock):
+        request = EngineRequest(
+            request_id="a", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=9)
+        )
+        generation = Generation(
+            Steady(), [request],
+            admission=Admission(max_requests=1, max_tokens=1), metrics=Metrics("test", "m"),
+            recent=Recent(), receive=asyncio.Queue().get,
+        )  # fmt: skip
+        written = []
+        generation.write_through = lambda index, output: not written.append(output)
+        async with generation:
+            start = clock()
+            return await generation.arrivals(10), clock() - start, len(written)
+
+    assert run_virtually(scenario) == ([], 5 * 6 + 10, 5)
 
 
 def test_silence_is_filled_with_comments():
