@@ -96,12 +96,10 @@ def key_backward(
 def fold_readers(k, v, q, d_out, lse, delta, hidden, scale, dk, dv):
     """Add what a tile of queries [BM, D] gives to ``dk`` [BP, Dk], unscaled, and ``dv`` [BP, Dv].
 
-    ``lse`` and ``delta`` [BM], +inf and 0 for rows that are none; ``hidden`` [BP, BM] or None.
+    ``lse`` and ``delta`` [BM], +inf and 0 for rows that are none; ``hidden`` [BP, BM].
     """
     s = tl.dot(k, q.T, input_precision="ieee")  # [BP, BM]
-    p = tl.exp2(s * scale - lse[None, :])
-    if hidden is not None:
-        p = tl.where(hidden, 0.0, p)
+    p = tl.where(hidden, 0.0, tl.exp2(s * scale - lse[None, :]))
     dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
     d_p = tl.dot(v, d_out.T, input_precision="ieee")
     d_s = p * (d_p - delta[None, :])
@@ -193,23 +191,9 @@ def _key_kernel(
                   P, BP, DV, BLOCK_DV, DESCRIPTORS)  # fmt: skip
     dk = tl.zeros([BP, BLOCK_DK], tl.float32)
     dv = tl.zeros([BP, BLOCK_DV], tl.float32)
-    # The page's own tokens come first in its list and do not see the keys after them.
-    own = tl.cdiv(tl.maximum(tl.minimum(first + P, stop) - start, 0), BT) * BT
     keys = page * P + tl.arange(0, BP)
-    for at in tl.range(start, start + own, BT, num_stages=1):
-        entries = at + rows // G
-        valid = tile_end & (entries < stop)
-        tokens = tl.load(listed + entries, mask=valid, other=0)
-        q, d_out, lse, delta = load_readers(
-            q_ptr, d_out_ptr, lse_ptr, delta_ptr, tokens, heads, valid, q_stride_t, q_stride_h,
-            d_stride_t, d_stride_h, HKV * G, DK, DV, BLOCK_DK, BLOCK_DV
-        )  # fmt: skip
-        hidden = keys[:, None] > tokens[None, :]
-        dk, dv = fold_readers(k, v, q, d_out, lse, delta, hidden, scale, dk, dv)
-    upcoming = tl.load(
-        listed + start + own + rows // G, mask=start + own + rows // G < stop, other=0
-    )
-    for at in tl.range(start + own, stop, BT, num_stages=STAGES):
+    upcoming = tl.load(listed + start + rows // G, mask=start + rows // G < stop, other=0)
+    for at in tl.range(start, stop, BT, num_stages=STAGES):
         # Read one turn ahead: addresses are known when their own turn comes.
         tokens = upcoming
         entries = at + rows // G
@@ -219,7 +203,10 @@ def _key_kernel(
             q_ptr, d_out_ptr, lse_ptr, delta_ptr, tokens, heads, valid, q_stride_t, q_stride_h,
             d_stride_t, d_stride_h, HKV * G, DK, DV, BLOCK_DK, BLOCK_DV
         )  # fmt: skip
-        dk, dv = fold_readers(k, v, q, d_out, lse, delta, None, scale, dk, dv)
+        # Only the page's own tokens, first in its list, need it; a loop for them alone would cost
+        # more than the mask does.
+        hidden = keys[:, None] > tokens[None, :]
+        dk, dv = fold_readers(k, v, q, d_out, lse, delta, hidden, scale, dk, dv)
     pointers, inside = part_of(dk_ptr, part, P, BP, DK, BLOCK_DK)
     tl.store(pointers, dk, mask=inside)
     pointers, inside = part_of(dv_ptr, part, P, BP, DV, BLOCK_DV)

@@ -80,13 +80,13 @@ def entry_gradient_tile(group: int, head_dim: int) -> Tile:
 
 def sparse_gradient_tile(group: int, head_dim: int) -> Tile:
     """dq of selected and window attention: few tokens, whose selections overlap."""
-    stages = 2 if head_dim <= 128 else 1
-    return query_tile(group, 64, keys=0, warps=4, stages=stages, most=16)
+    wide = head_dim > 128
+    tile = query_tile(group, 64, keys=0, warps=4, stages=1 if wide else 2, most=16)
+    return replace(tile, warps=8 if wide else 4)
 
 
 def page_gradient_tile(group: int, head_dim: int) -> Tile:
     """dk and dv of a page, whose accumulators stay in registers, from tiles of its readers."""
-    warps = 4 if head_dim <= 128 else 8
-    stages = 2 if head_dim <= 128 else 1
-    tile = query_tile(group, 64, keys=0, warps=warps, stages=stages)
-    return replace(tile, warps=warps)
+    wide = head_dim > 128
+    tile = query_tile(group, 32 if wide else 64, keys=0, warps=4, stages=1 if wide else 2)
+    return replace(tile, warps=8 if wide else 4)
