@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -207,6 +208,15 @@ def test_what_can_not_be_evaluated_is_told_in_one_line(
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_library_is_told_before_anything_runs(
+    invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = invoke("needle", "--text", __file__, "--contexts", "1k")
+    assert result.exit_code == 2
+    assert "needs matplotlib" in result.stderr
 
 
 def test_ctrl_c_keeps_what_there_is(

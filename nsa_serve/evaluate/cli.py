@@ -15,7 +15,7 @@ from ..errors import ConfigError, NSAServeError
 from ..server.flags import refuse, takes_flags
 from .flags import EvalFlags, NeedleFlags, PerplexityFlags, TaskFlags, parse_contexts
 from .haystack import Haystack, read_documents, sentences_of
-from .heatmap import save_heatmap, shown
+from .heatmap import check_plots, save_heatmap, shown
 from .needle import NeedleGrid, run_needles
 from .perplexity import Windows, run_perplexity
 from .record import Record
@@ -59,6 +59,7 @@ def needles(flags: NeedleFlags) -> None:
         flags.text, parse_contexts(flags.contexts), flags.depths, flags.keys, flags.seed
     )
     sentences = sentences_of(read_documents(flags.text, flags.packages))
+    check_plots()
     with flags.subject() as subject:
         record = _record(flags, "needle", subject.description, grid.settings())
         haystack = Haystack(sentences, subject)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ..errors import ConfigError
+
+
+def check_plots() -> None:
+    """Raise ``ConfigError`` where the library that draws is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("the heat map needs matplotlib: pip install 'nsa-serve[eval]'")
 
 
 def save_heatmap(
