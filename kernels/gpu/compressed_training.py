@@ -23,6 +23,9 @@ from .tuning import Tile, entry_gradient_tile, query_gradient_tile
 
 Tensor = torch.Tensor
 
+# Entries are copied into runs of the longest sequence's length unless that is so many times theirs.
+MOST_COPIES = 8
+
 
 def compressed_with_lse(
     q: Tensor, k_entries: Tensor, v_entries: Tensor, batch: StepBatch, *, nsa: NSAShape
@@ -35,9 +38,9 @@ def compressed_with_lse(
     """
     _check(q, k_entries, v_entries, nsa)
     pages = CompressedKV(*(as_pages(x, nsa.entries_per_page) for x in (k_entries, v_entries)))
-    # Runs of the longest sequence's length are copied for every sequence.
     copied = batch.num_rows * batch.max_context_len
-    entries = gather_entries(pages, batch, nsa=nsa, paged=copied > 4 * batch.num_tokens)
+    paged = copied > MOST_COPIES * batch.num_tokens
+    entries = gather_entries(pages, batch, nsa=nsa, paged=paged)
     out, lse = attend_entries(q, entries, batch, nsa=nsa, with_output=True)
     assert out is not None
     sparse = batch.max_context_len > nsa.dense_len
