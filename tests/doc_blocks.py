@@ -18,6 +18,7 @@ _FENCE = re.compile(
     r"(?P<body>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
 )
+_OURS = re.compile(r"(?:\w+=\S+ )*(?:\.venv/bin/)?((?:nsa-serve|python -m|make|pip install) )")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,15 @@ def blocks(*languages: str) -> Iterator[Block]:
                     match["body"].replace(f"\n{match['indent']}", "\n"),
                     match["reason"],
                 )
+
+
+def named_commands() -> Iterator[tuple[str, list[str]]]:
+    """(page, words) of every command of ours that stands in a sentence, between backquotes."""
+    for page in PAGES:
+        text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+        for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text):
+            if _OURS.match(span):
+                yield str(page.relative_to(ROOT)), shlex.split(_OURS.sub(r"\1", span))
 
 
 def _whole_commands(lines: list[str]) -> Iterator[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 
 from nsa_serve.bench.load import cli as load_cli
 from nsa_serve.server import cli
-from tests.doc_blocks import ROOT, Block, blocks, words
+from tests.doc_blocks import ROOT, Block, blocks, named_commands, words
 from tests.scripted_api import Answer, ScriptedAPI
 from tests.server_process import running, write_small_model
 from tests.virtual_time import run_virtually
@@ -131,12 +133,27 @@ def test_a_command_that_is_not_run_says_why_and_can_be_parsed(block):
 
 
 def parse(arguments: list[str]) -> None:
-    """Flags and values of one of our commands, without running it."""
+    """Flags and values of one of our commands, or the name of a group, without running it."""
     command, rest = typer.main.get_command(cli.app), arguments
     while isinstance(command, typer.core.TyperGroup):
+        if not rest:
+            return
         context = command.make_context("nsa-serve", [], resilient_parsing=True)
         _, command, rest = command.resolve_command(context, rest)
     command.make_context(arguments[0], list(rest))
+
+
+@pytest.mark.parametrize(("page", "found"), list(named_commands()), ids=str)
+def test_a_command_named_in_a_sentence_is_one_that_there_is(page, found):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    if found[0] == "nsa-serve":
+        parse([word for word in found[1:] if word != "--help"])
+    elif found[0] == "make":
+        assert f"\n{found[1]}: " in (ROOT / "Makefile").read_text()
+    elif found[0] == "python":
+        assert importlib.util.find_spec(found[2]) is not None
+    elif extra := re.search(r"\[(\w+)\]", found[-1]):
+        assert extra[1] in project["optional-dependencies"]
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
@@ -189,12 +206,14 @@ def test_a_file_that_is_shown_can_be_read(block):
     elif block.language == "yaml":
         assert yaml.safe_load(block.body)
     else:
-        importlib.import_module("tomllib").loads(block.body)
+        tomllib.loads(block.body)
 
 
 @pytest.mark.parametrize("block", list(blocks("")), ids=str)
 def test_a_block_without_a_language_is_a_picture(block):
-    assert not re.search(r"^(\$ |nsa-serve |curl |pip |python )", block.body, re.MULTILINE)
+    assert not re.search(
+        r"^(\$ |nsa-serve |curl |pip |python |make |docker )", block.body, re.MULTILINE
+    )
 
 
 def test_commands_are_joined_and_their_output_is_left_out():
