@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import platform
@@ -52,7 +53,8 @@ class Reader(asyncio.Protocol):
         self._period = 1 / load.rate
         self.arrivals: list[tuple[float, int]] = []  # (clock, events)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.tail = b""
+        self.tail = b""  # the last two pieces: the end and what is before it, however it was cut
+        self._last = b""
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -62,7 +64,8 @@ class Reader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.arrivals.append((time.monotonic(), data.count(b"data: {")))
-        self.tail = (self.tail + data)[-2000:]
+        self.tail = self._last + data
+        self._last = data
         if b"[DONE]" in self.tail and not self.ended.done():
             self.ended.set_result(None)
             assert self._transport is not None
@@ -103,6 +106,8 @@ async def drive(
     """Run the load against the server; figures of the measured window, which is what a server
     that samples itself samples.
     """
+    # The client's own pauses would be counted as the server's.
+    gc.disable()
     loop = asyncio.get_running_loop()
     request = request_bytes(load, path)
     readers = []
