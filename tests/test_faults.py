@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import select
 import signal
 import socket
@@ -27,6 +28,7 @@ from tests.server_process import running
 MODEL = "smollm2-135m-instruct"
 FAST = ("--mock-engine", "5000", "--max-num-seqs", "64", "--max-num-queued-reqs", "20000")
 DEADLINE = 60.0
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +231,17 @@ def test_ten_thousand_queued_requests_are_all_answered(server, http):
     assert [answer.status_code for answer in answers] == [200] * 100
     assert sum(len(answer.json()["choices"]) for answer in answers) == 10_000
     assert sum(answer.json()["usage"]["completion_tokens"] for answer in answers) == 20_000
+
+
+def test_every_fault_of_the_documentation_has_its_test():
+    page = (TESTS.parent / "docs" / "faults.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 15
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert named, row
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.MULTILINE), test
 
 
 def test_a_signal_under_load_ends_every_stream_once_and_the_exit_code_is_0():
