@@ -37,6 +37,7 @@ ALLOWED = {
         "models",
     },
     "llm": {"engine", "tokenizer", "request", "config", "errors"},
+    "train": {"models", "tokenizer", "kernels", "config", "errors"},
     "evaluate": {
         "llm", "engine", "models", "train", "server", "request", "config", "errors",
     },

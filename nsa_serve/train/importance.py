@@ -1,0 +1,123 @@
+"""The importance loss: blocks that attention over every key would read should score highest.
+
+The score of a block comes from pooled keys, and top-n passes no gradient to them. So for some
+tokens of a batch the full attention is computed, and the share that each block receives of it is
+what the block scores are pulled towards. It needs no teacher, and costs a few rows of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from ..kernels.reference.select_blocks import spread_over_blocks
+from ..kernels.shapes import CompressKind, NSAShape, Phi
+
+Tensor = torch.Tensor
+_TINY = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Tokens of one packed sequence whose block scores are trained."""
+
+    start: int  # the sequence's first token in the batch
+    length: int
+    positions: Tensor  # [S] int64, in the sequence, each beyond n·P
+
+
+class ImportanceLoss:
+    """Sums over layers and probes. One object for one forward pass."""
+
+    def __init__(self, probes: Sequence[Probe], nsa: NSAShape) -> None:
+        self.probes = probes
+        self.nsa = nsa
+        self.losses: list[Tensor] = []
+        self.caught: list[Tensor] = []
+
+    def add(self, q: Tensor, k: Tensor, phi: Phi) -> None:
+        """Take one layer's ``q`` [T, Hq, D] and ``k`` [T, Hkv, D], rotated, and its φ_k."""
+        for probe in self.probes:
+            loss, caught = probe_loss(q, k, phi, probe, self.nsa)
+            self.losses.append(loss)
+            self.caught.append(caught)
+
+    def total(self) -> Tensor:
+        """Mean over layers and probes."""
+        return torch.stack(self.losses).mean()
+
+    def caught_share(self) -> Tensor:
+        """Mean share, of the attention beyond forced blocks, in the blocks that are selected."""
+        return torch.stack(self.caught).mean()
+
+
+def probe_loss(
+    q: Tensor, k: Tensor, phi: Phi, probe: Probe, nsa: NSAShape
+) -> tuple[Tensor, Tensor]:
+    """KL from the true shares of blocks to those of their scores, beyond the forced blocks.
+
+    Each token and KV head counts by the share of attention that it has beyond the forced blocks.
+    Also returns the share of that which lies in the blocks of highest score, without gradient.
+    """
+    queries = torch.unflatten(
+        q[probe.start + probe.positions], 1, (k.shape[1], -1)
+    )  # [S, Hkv, G, D]
+    queries = queries.permute(1, 2, 0, 3)  # [Hkv, G, S, D]
+    keys = k[probe.start : probe.start + probe.length].transpose(0, 1)  # [Hkv, L, D]
+    free = _free_blocks(probe, nsa)  # [S, NB]
+    with torch.no_grad():
+        mass = _block_mass(queries, keys, probe.positions, nsa)[..., : free.shape[1]] * free
+    scores = _block_scores(queries, keys, phi, probe.positions, nsa)
+    scores = F.pad(scores, (0, free.shape[1] - scores.shape[-1])) * free
+    beyond = mass.sum(-1, keepdim=True)
+    wanted = mass / (beyond + _TINY)
+    given = (scores + _TINY).log() - (scores.sum(-1, keepdim=True) + _TINY).log()
+    divergence = (wanted * ((wanted + _TINY).log() - given)).sum(-1)
+    return (divergence * beyond[..., 0]).mean(), _caught(mass, scores.detach(), nsa)
+
+
+def _free_blocks(probe: Probe, nsa: NSAShape) -> Tensor:
+    """[S, NB]: blocks that are candidates, but not always selected."""
+    block = torch.arange(-(-probe.length // nsa.page), device=probe.positions.device)
+    local = block > (probe.positions // nsa.page)[:, None] - nsa.num_local
+    return ~local & (block >= nsa.num_initial)
+
+
+def _block_mass(queries: Tensor, keys: Tensor, positions: Tensor, nsa: NSAShape) -> Tensor:
+    """Share of full causal attention in each block, mean over the group: [Hkv, S, NB]."""
+    scores = (queries @ keys[:, None].transpose(2, 3)).float() * queries.shape[-1] ** -0.5
+    future = torch.arange(keys.shape[1], device=keys.device) > positions[:, None]
+    p = scores.masked_fill_(future, -torch.inf).softmax(-1).mean(1)  # [Hkv, S, L]
+    return torch.unflatten(F.pad(p, (0, -p.shape[-1] % nsa.page)), -1, (-1, nsa.page)).sum(-1)
+
+
+def _block_scores(
+    queries: Tensor, keys: Tensor, phi: Phi, positions: Tensor, nsa: NSAShape
+) -> Tensor:
+    """Scores [Hkv, S, NB] of blocks from compressed keys, as the selection computes them."""
+    entries = _entries(keys, phi, nsa)
+    scores = (queries @ entries[:, None].transpose(2, 3)).float() * queries.shape[-1] ** -0.5
+    last = torch.arange(entries.shape[1], device=keys.device) * nsa.compress_stride
+    hidden = last + nsa.compress_len - 1 > positions[:, None]
+    p = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+    return spread_over_blocks(p, nsa)
+
+
+def _entries(keys: Tensor, phi: Phi, nsa: NSAShape) -> Tensor:
+    """φ_k of one sequence's ``keys`` [Hkv, L, D]: [Hkv, C, D]."""
+    runs = keys.unfold(1, nsa.compress_len, nsa.compress_stride)  # [Hkv, C, D, l]
+    mean = runs.float().mean(-1).to(keys.dtype)
+    if phi.kind is CompressKind.MEAN:
+        return mean
+    assert phi.down is not None, "of the linear kinds, only the low-rank one is trained"
+    assert phi.up is not None
+    return mean + runs.transpose(2, 3).flatten(2) @ phi.down @ phi.up
+
+
+def _caught(mass: Tensor, scores: Tensor, nsa: NSAShape) -> Tensor:
+    count = min(nsa.num_selected - nsa.num_initial - nsa.num_local, scores.shape[-1])
+    best = scores.topk(count, dim=-1).indices
+    return mass.gather(-1, best).sum() / (mass.sum() + _TINY)

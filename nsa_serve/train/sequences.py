@@ -1,0 +1,182 @@
+"""Training sequences: plain text, or a chat over a long text in which facts are hidden."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tokenizer import Tokenizer
+from .corpus import END_OF_TEXT, Corpus, Tokens
+from .tasks import Exercise, Turn, long_copy, lookup, multi_key, multi_value, needle
+from .tasks import variable_tracking as variables
+
+SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n"
+)
+# What the loss takes a token for: nothing (but what a teacher says of it), text, or an answer.
+UNUSED, TEXT, ANSWER = 0, 1, 2
+_TOKENS_OF_A_TURN = 2048  # of the text, for each question about it
+_MAX_TURNS = 12
+_PASSAGE = (40, 160)  # tokens of a passage to copy
+_WITHOUT_SYSTEM = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSequence:
+    """``tokens`` [L] and what each one is as a target, ``kinds`` [L]."""
+
+    tokens: Tokens
+    kinds: NDArray[np.int8]
+
+
+class SequenceWriter:
+    """Draws sequences of a wanted length. The same ``rng`` state gives the same sequence."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, text_share: float = 0.35) -> None:
+        """``text_share`` of the sequences are plain text."""
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.text_share = text_share
+        self._names = list(corpus.sources)
+        # Square roots: large sources more often than small ones, but not in proportion.
+        self._weights = [tokens.shape[0] ** 0.5 for tokens in corpus.sources.values()]
+        self._ends = _sentence_ends(tokenizer)
+
+    def draw(self, rng: random.Random, length: int) -> TrainingSequence:
+        """A sequence of exactly ``length`` tokens."""
+        if rng.random() < self.text_share:
+            return self.text(rng, length)
+        return self.chat(rng, length)
+
+    def text(self, rng: random.Random, length: int) -> TrainingSequence:
+        """Related documents, as they stand in their source."""
+        tokens = np.concatenate([np.array([END_OF_TEXT], np.uint16), self._run(rng, length - 1)])
+        return TrainingSequence(tokens, np.full(length, TEXT, np.int8))
+
+    def chat(self, rng: random.Random, length: int) -> TrainingSequence:
+        """Text with hidden facts as a user's first turn, then questions and answers."""
+        exercises = self._exercises(rng, length)
+        turns = [turn for exercise in exercises for turn in exercise.turns]
+        rng.shuffle(turns)
+        tail = [self._turn(turn, first=at == 0) for at, turn in enumerate(turns)]
+        head = self._encode(("" if rng.random() < _WITHOUT_SYSTEM else SYSTEM) + _USER)
+        facts = [[self._encode(f" {fact}") for fact in exercise.facts] for exercise in exercises]
+        taken = len(head) + sum(len(part) for part, _ in tail)
+        taken += sum(len(fact) for group in facts for fact in group)
+        if length < taken + 16:
+            return self.text(rng, length)
+        body = self._hide(rng, self._run(rng, length - taken), facts)
+        parts = [(head, UNUSED), (body, TEXT)]
+        tokens = [np.array(ids, np.uint16) for ids, _ in parts]
+        kinds = [np.full(len(ids), kind, np.int8) for ids, kind in parts]
+        for ids, own in tail:
+            tokens.append(np.array(ids, np.uint16))
+            kinds.append(own)
+        return TrainingSequence(np.concatenate(tokens), np.concatenate(kinds))
+
+    def _exercises(self, rng: random.Random, length: int) -> list[Exercise]:
+        wanted = min(_MAX_TURNS, 1 + rng.randrange(1 + length // _TOKENS_OF_A_TURN))
+        found: list[Exercise] = []
+        while sum(len(exercise.turns) for exercise in found) < wanted:
+            found.append(self._exercise(rng, length))
+        return found
+
+    def _exercise(self, rng: random.Random, length: int) -> Exercise:
+        many = 2 if length < 2048 else rng.randrange(2, 9)
+        kind = rng.random()
+        if kind < 0.40:
+            return needle(rng)
+        if kind < 0.65:
+            return multi_key(rng, num_keys=many, num_questions=1 + rng.randrange(2))
+        if kind < 0.75:
+            return multi_value(rng, num_values=rng.randrange(2, 5))
+        if kind < 0.83:
+            return variables(rng, num_hops=rng.randrange(2, 5), num_chains=rng.randrange(1, 4))
+        if kind < 0.92 and length >= 2048:
+            return long_copy(rng, passages=[self._passage(rng) for _ in range(rng.randrange(1, 4))])
+        records = self.corpus.records.get(rng.choice(list(self.corpus.records) or [""]), ())
+        return lookup(rng, rng.sample(records, min(many, len(records)))) if records else needle(rng)
+
+    def _passage(self, rng: random.Random) -> str:
+        """Whole sentences, as far as the text has them."""
+        run = self._run(rng, 3 * _PASSAGE[1])
+        ends = np.flatnonzero(self._ends[run])
+        start = int(ends[0]) + 1 if len(ends) and ends[0] < _PASSAGE[1] else 0
+        later = ends[ends >= start + _PASSAGE[0]]
+        stop = int(later[0]) + 1 if len(later) else start + _PASSAGE[1]
+        stop = min(stop, start + _PASSAGE[1])
+        return " ".join(self.tokenizer.decode(run[start:stop].tolist()).split())
+
+    def _run(self, rng: random.Random, count: int) -> Tokens:
+        """``count`` tokens of one source, from a random place on, round its end."""
+        (name,) = rng.choices(self._names, self._weights)
+        source = self.corpus.sources[name]
+        start = rng.randrange(len(source))
+        run = np.take(source, np.arange(start, start + count), mode="wrap")
+        return run.astype(np.uint16)
+
+    def _hide(self, rng: random.Random, text: Tokens, groups: list[list[list[int]]]) -> Tokens:
+        """``text`` with each group's facts between sentences, in their order, at any depth."""
+        places = np.flatnonzero(self._ends[text]) + 1
+        if not len(places):
+            places = np.arange(1, len(text) + 1)
+        placed: list[tuple[int, int, list[int]]] = []
+        for group in groups:
+            depths = sorted(rng.random() for _ in group)
+            for depth, fact in zip(depths, group, strict=True):
+                at = int(places[min(int(depth * len(places)), len(places) - 1)])
+                placed.append((at, len(placed), fact))
+        pieces, before = [], 0
+        for at, _, fact in sorted(placed):
+            pieces += [text[before:at], np.array(fact, np.uint16)]
+            before = at
+        return np.concatenate([*pieces, text[before:]])
+
+    def _turn(self, turn: Turn, *, first: bool) -> tuple[list[int], NDArray[np.int8]]:
+        asked = self._encode(("\n\n" if first else _USER) + turn.question + _ASSISTANT)
+        answer = self._encode(turn.answer + "<|im_end|>")
+        after = self._encode("\n")
+        counts = ((len(asked), UNUSED), (len(answer), ANSWER), (len(after), UNUSED))
+        kinds = [np.full(count, kind, np.int8) for count, kind in counts]
+        return [*asked, *answer, *after], np.concatenate(kinds)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special=False)
+
+
+_USER = "<|im_start|>user\n"
+_ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def _sentence_ends(tokenizer: Tokenizer) -> NDArray[np.bool_]:
+    """Of every token id, whether a sentence or a paragraph ends with it."""
+    ends = (".", "!", "?", '."', ".)", "\n", "\n\n")
+    texts = [tokenizer.token_text(token) for token in range(tokenizer.vocab_size)]
+    table = np.array([text.endswith(ends) and text.strip(" ") != "" for text in texts])
+    table[END_OF_TEXT] = False
+    return table
+
+
+def lengths_of(rng: random.Random, longest: int, total: int, page: int) -> list[int]:
+    """Lengths in whole pages from half of ``longest`` to ``longest`` that sum up to ``total``."""
+    found, left = [], total
+    while left > longest:
+        length = page * rng.randint(max(1, longest // 2 // page), longest // page)
+        # What is left must hold a sequence.
+        length = min(length, left - page)
+        found.append(length)
+        left -= length
+    return [*found, left]
+
+
+def as_columns(sequences: Sequence[TrainingSequence]) -> tuple[Tokens, NDArray[np.int8]]:
+    """All tokens and all kinds, end to end."""
+    return (
+        np.concatenate([sequence.tokens for sequence in sequences]),
+        np.concatenate([sequence.kinds for sequence in sequences]),
+    )
