@@ -8,6 +8,7 @@ import gc
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -51,11 +52,27 @@ def serve(flags: ServeFlags) -> int:
     """
     configure_logging(flags.log_format)
     config = flags.engine_config()
+    _check_certificate(flags)
     with (
         contextlib.closing(_bind(flags)) as listener,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         return runner.run(_serve(flags, config, listener))
+
+
+def _check_certificate(flags: ServeFlags) -> None:
+    """Raise ``ConfigError`` for a certificate that can't be served, before the model is loaded."""
+    if flags.ssl_certfile is None:
+        return
+    where = f"--ssl-certfile {flags.ssl_certfile} --ssl-keyfile {flags.ssl_keyfile}"
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            flags.ssl_certfile, flags.ssl_keyfile
+        )
+    except ssl.SSLError as error:
+        raise ConfigError(f"{where}: {error.reason or error}") from None
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror or error}") from None
 
 
 def _bind(flags: ServeFlags) -> socket.socket:
