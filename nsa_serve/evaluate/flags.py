@@ -21,7 +21,7 @@ from .subject import Subject
 
 _SERVER, _WORK = "Server", "Evaluation"
 # What an evaluation over HTTP reads of the engine's flags: MODEL is the name in the API there.
-_SHARED = ("positional", "model", "config", "seed")
+_SHARED = ("positional", "model", "config", "seed", "tokenizer")
 
 
 def _flag(panel: str, *names: str, **options: Any) -> Any:
@@ -85,7 +85,9 @@ class EvalFlags(EngineFlags):
             return
         self._refuse_with_url()
         model = self.positional or self.model
-        address = ServerAddress(self.url, model, self.api_key, self.concurrency, self.timeout)
+        address = ServerAddress(
+            self.url, model, self.api_key, self.concurrency, self.timeout, self.tokenizer
+        )
         with open_client(address) as client:
             yield OverHTTP(address, client)
 

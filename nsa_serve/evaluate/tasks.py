@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..train import tasks as made
@@ -19,6 +19,8 @@ CONTEXTS = (4096, 8192, 16384, 32768, 65536)
 _SLACK = 64
 _PASSAGE_SENTENCES = 3
 _NUM_PASSAGES = 3
+_NUM_COUNTRIES = 8
+COUNTRY_FACTS = "country_facts"
 Make = Callable[[random.Random, Haystack], Exercise]
 
 
@@ -41,13 +43,45 @@ def _long_copy(rng: random.Random, haystack: Haystack) -> Exercise:
     return made.long_copy(rng, Split.HELD_OUT, passages=passages)
 
 
+def _country_facts(rng: random.Random, haystack: Haystack) -> Exercise:
+    def make(rng: random.Random) -> Exercise:
+        wanted = _form(rng.choice(haystack.facts))
+        alike = {fact.value: fact for fact in haystack.facts if _form(fact) == wanted}
+        some = rng.sample(list(alike.values()), min(_NUM_COUNTRIES, len(alike)))
+        return made.lookup(rng, _swapped(some))
+
+    return haystack.draw(make, rng)
+
+
+def _form(fact: made.Record) -> str:
+    """What a fact's question asks of any subject."""
+    return fact.question.replace(fact.subject, "")
+
+
+def _swapped(facts: Sequence[made.Record]) -> list[made.Record]:
+    """Facts with each other's values: what a model knows of the world is of no use."""
+    values = [fact.value for fact in facts]
+    return [
+        replace(
+            fact,
+            fact=fact.fact.replace(fact.value, value),
+            answer=fact.answer.replace(fact.value, value),
+            value=value,
+        )
+        for fact, value in zip(facts, values[1:] + values[:1], strict=True)
+    ]
+
+
 # Kind -> (its exercise, tokens of the longest answer).
 KINDS: dict[str, tuple[Make, int]] = {
     "multi_key": (_multi_key, 64),
     "multi_value": (_multi_value, 160),
     "variable_tracking": (_variable_tracking, 64),
     "long_copy": (_long_copy, 384),
+    COUNTRY_FACTS: (_country_facts, 96),
 }
+# Those that need no package but that of the text.
+DEFAULT_KINDS = tuple(kind for kind in KINDS if kind != COUNTRY_FACTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +89,7 @@ class TaskSet:
     """``samples`` exercises of each kind at each context (tokens of prompt and answer)."""
 
     text: str
-    kinds: tuple[str, ...] = tuple(KINDS)
+    kinds: tuple[str, ...] = DEFAULT_KINDS
     contexts: tuple[int, ...] = CONTEXTS
     samples: int = 10
     seed: int = 0
