@@ -70,12 +70,22 @@ def compressed_backward(
     query_tile = query_tile or query_gradient_tile(group, width)
     entry_tile = _within_pages(entry_tile or entry_gradient_tile(group, width), nsa.page)
     q, d_out = _described(q), d_out.contiguous()
-    k_entries, v_entries = k_entries.contiguous(), v_entries.contiguous()
+    k_entries, v_entries = (_entries_alone(x, batch, nsa) for x in (k_entries, v_entries))
     sums = padded_sums(lse, k_entries.shape[1], entry_tile)
     operands = (q, k_entries, v_entries)
     dq = query_gradient(*operands, out, lse, d_out, sums, batch, nsa=nsa, tile=query_tile)
     dk, dv = entry_gradients(*operands, d_out, sums, batch, nsa=nsa, tile=entry_tile)
     return dq, dk, dv
+
+
+def _entries_alone(entries: Tensor, batch: StepBatch, nsa: NSAShape) -> Tensor:
+    """``entries`` [T/d, Hkv, D], contiguous, and 0 at slots that are none.
+
+    Tiles read past a sequence's end, and a probability of 0 times a NaN would be a NaN.
+    """
+    spared = nsa.compress_len - nsa.compress_stride
+    free = batch.positions[:: nsa.compress_stride] < spared
+    return entries.contiguous().masked_fill(free[:, None, None], 0)
 
 
 def _width(k_entries: Tensor, v_entries: Tensor) -> int:

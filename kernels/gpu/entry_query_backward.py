@@ -169,13 +169,10 @@ def _query_gradient_kernel(
         s = tl.dot(q, k.T, input_precision="ieee")
         dq = _fold_query_gradient(s, do, k, v, lse, delta, scale, dq)
     for first in tl.range(full, most, BN, num_stages=1):
-        slots = first + tl.arange(0, BN)
-        # What follows belongs to no one here, and 0 times a NaN would be a NaN.
-        own = slots[:, None] < most
-        k = tl.where(own, k_source.load([head, first, 0]).reshape(BN, BLOCK_DK), 0.0)
-        v = tl.where(own, v_source.load([head, first, 0]).reshape(BN, BLOCK_DV), 0.0)
+        k = k_source.load([head, first, 0]).reshape(BN, BLOCK_DK)
+        v = v_source.load([head, first, 0]).reshape(BN, BLOCK_DV)
         s = tl.dot(q, k.T, input_precision="ieee")
-        s = tl.where(slots[None, :] < seen[:, None], s, float("-inf"))
+        s = tl.where((first + tl.arange(0, BN))[None, :] < seen[:, None], s, float("-inf"))
         dq = _fold_query_gradient(s, do, k, v, lse, delta, scale, dq)
     dq = (dq * factor).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + index[:, None] * DK + dims_k, dq, mask=inside_k)

@@ -63,19 +63,19 @@ def dense_tile(group: int, head_dim: int) -> Tile:
 
 
 def query_gradient_tile(group: int, head_dim: int) -> Tile:
-    """dQ of the compressed branch: the gradient [rows, Dk] stays in registers beside two scores."""
-    if head_dim > 128:
-        return query_tile(group, 64, keys=32, warps=4, stages=2)
-    return query_tile(group, 128, keys=64, warps=8, stages=2)
+    """dQ of the compressed branch: the gradient [rows, Dk] stays in registers beside two scores.
+
+    Two programs of four warps share a multiprocessor: one multiplies while one takes exponentials.
+    """
+    return query_tile(group, 64, keys=64 if head_dim <= 128 else 32, warps=4, stages=2)
 
 
 def entry_gradient_tile(group: int, head_dim: int) -> Tile:
     """dK and dV of entries, both in registers; a power of two of tokens, whole padded groups."""
     padded = next_power_of_2(group)
     tokens = max(1, 64 // padded)
-    if head_dim > 128:
-        return Tile(tokens=tokens, rows=tokens * padded, keys=64, warps=8, stages=2)
-    return Tile(tokens=tokens, rows=tokens * padded, keys=128, warps=8, stages=2)
+    warps = 4 if head_dim <= 128 else 8
+    return Tile(tokens=tokens, rows=tokens * padded, keys=64, warps=warps, stages=2)
 
 
 def sparse_gradient_tile(group: int, head_dim: int) -> Tile:
