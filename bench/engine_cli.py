@@ -40,12 +40,13 @@ def kernels(
         list[int] | None, typer.Option(help="Prompt lengths; repeatable. Default 8k to 64k.")
     ] = None,
 ) -> None:
-    """One layer's kernels against torch SDPA and xformers, prefill and decode, on this GPU."""
+    """One layer's kernels against torch SDPA: prefill, decode and training, on this GPU."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("bench kernels needs a CUDA GPU, and torch finds none")
     # Triton is an optional part, and absent where there is no GPU.
     from ..kernels.shapes import NSAShape
     from . import kernels as room
+    from . import training
     from .synthetic import AttentionShape
 
     shape, nsa = AttentionShape(num_q_heads, num_kv_heads, head_dim, head_dim), NSAShape()
@@ -60,12 +61,17 @@ def kernels(
             status.update(f"decode, {num_rows} × {context}")
             rows += room.decode_rows(shape, nsa, num_rows, context, ceilings)
             torch.cuda.empty_cache()
+        for size in length or room.PREFILL_LENGTHS:
+            status.update(f"training, {size} tokens")
+            rows += training.training_rows(shape, nsa, size)
+            torch.cuda.empty_cache()
     show_table(
         f"one layer, {num_q_heads} query and {num_kv_heads} KV heads of {head_dim}, bf16",
-        ("pass", "requests", "context", "ms", "spread", "floor", "× floor", "error"),
+        ("pass", "requests", "context", "ms", "spread", "floor", "× floor", "error", "peak GiB"),
         [
             (f"{r.phase}: {r.name}", r.num_rows, r.context_len, r.timing.median, r.timing.spread,
-             r.floor, r.timing.median / r.floor if r.floor else None, r.error)
+             r.floor, r.timing.median / r.floor if r.floor else None, r.error,
+             r.peak_bytes / 2**30 if r.peak_bytes else None)
             for r in rows
         ],
     )  # fmt: skip

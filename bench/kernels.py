@@ -32,13 +32,14 @@ TOLERANCE = 1e-2  # ‖out − reference‖ / ‖reference‖ in bf16
 class Row:
     """One line of the table: a pass at a size, its time, and the floor under it."""
 
-    phase: str  # prefill or decode
+    phase: str  # prefill, decode or training
     name: str
     num_rows: int
     context_len: int
     timing: Timing
     floor: float | None = None  # ms
     error: float | None = None  # relative, against the reference
+    peak_bytes: int | None = None  # of a training step of the layer
 
     def record(self) -> dict[str, Any]:
         return {
@@ -50,6 +51,7 @@ class Row:
             "floor_ms": self.floor,
             "achieved_over_floor": self.timing.median / self.floor if self.floor else None,
             "relative_error": self.error,
+            "peak_bytes": self.peak_bytes,
         }
 
 

@@ -242,12 +242,14 @@ def test_a_step_that_is_no_whole_sequences_is_refused() -> None:
         reference.window_with_lse(case.q, case.k, case.v, case.batch.step, nsa=longer)
 
 
+# Few blocks are chosen, and few forced: most tokens leave some out.
+SPARSE = NSAShape(8, 4, 16, num_selected=2, num_initial=0, num_local=1, window=24)
+ODD = NSAShape(8, 4, 24, num_selected=2, num_initial=0, num_local=1, window=30)
 CASES = [
-    (Heads(num_q=3, num_kv=1, dim_k=16, dim_v=8), SMALL, [16, 48], torch.float32),
-    (Heads(num_q=16, num_kv=1, dim_k=24, dim_v=16), SMALL, [48], torch.float16),
-    (Heads(num_q=2, num_kv=2, dim_k=16, dim_v=16), NSAShape(8, 4, 24, 3, window=30), [24, 48],
-     torch.float32),
-]  # fmt: skip
+    (Heads(num_q=3, num_kv=1, dim_k=16, dim_v=8), SPARSE, [16, 64], torch.float32),
+    (Heads(num_q=16, num_kv=1, dim_k=24, dim_v=16), SPARSE, [48], torch.float16),
+    (Heads(num_q=1, num_kv=1, dim_k=16, dim_v=16), ODD, [24, 72], torch.float32),
+]
 
 
 @interpreted
@@ -269,7 +271,7 @@ def test_triton_gradients_are_those_of_the_twin(heads, nsa, lens, dtype) -> None
 @interpreted
 @pytest.mark.parametrize("branch", [Branch.SELECTED, Branch.WINDOW])
 def test_triton_gradients_of_one_branch_are_those_of_the_twin(branch: Branch) -> None:
-    case = make_packed(CASES[0][0], SMALL, [32], torch.float32)
+    case = make_packed(CASES[0][0], SPARSE, [48], torch.float32)
     with dispatch.use("gpu"), poisoned_memory():
         found = gradients(sparse_of(case, frozenset({branch})), case, case.leaves[:3])
     exact = case.to(torch.float64)
@@ -317,13 +319,13 @@ def test_chunks_of_readers_add_up_to_the_same_gradient() -> None:
     from nsa_serve.kernels.gpu.page_readers import find_readers
     from nsa_serve.kernels.shapes import BranchStats, PagedKV
 
-    case = make_packed(CASES[0][0], SMALL, [64], torch.float32)
+    case = make_packed(CASES[0][0], SPARSE, [64], torch.float32)
     kv = PagedKV(as_pages(case.k.detach(), 16), as_pages(case.v.detach(), 16))
     stats = BranchStats(torch.rand(64, 3), torch.rand(64, 3))
     sums = []
     for chunk in (7, 1024):
-        readers = find_readers(case.selection, case.batch.step, nsa=SMALL, chunk=chunk)
-        parts = key_backward(case.q.detach(), kv, readers, case.d_out, stats, nsa=SMALL)
+        readers = find_readers(case.selection, case.batch.step, nsa=SPARSE, chunk=chunk)
+        parts = key_backward(case.q.detach(), kv, readers, case.d_out, stats, nsa=SPARSE)
         used = readers.chunk_pages[0] < 4
         assert int(used.sum()) > 4 or chunk == 1024
         pages = readers.chunk_pages[0, used].long()

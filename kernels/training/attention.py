@@ -27,13 +27,15 @@ def nsa_attention(
     nsa: NSAShape,
     compressor: Compressor,
     branches: Set[Branch] = ALL_BRANCHES,
+    selection: Tensor | None = None,
 ) -> Tensor:
     """Gated sum [T, Hq, Dv] of NSA's three branches (arXiv 2502.11089, equation 5).
 
     ``q`` [T, Hq, Dk] and ``k`` [T, Hkv, Dk] are rotated; ``v`` [T, Hkv, Dv]; ``gate_logits``
     [T, Hq, 3] in the order compressed, selected, window. Gradients reach all four and φ's tensors;
     φ learns through the compressed branch, the selection has none. A branch not among ``branches``
-    has a gate of 0. Raises ``ContractError`` where shapes do not fit.
+    has a gate of 0. ``selection`` [T, Hkv, n] int32, ascending and padded with −1, takes the place
+    of the compressed branch's. Raises ``ContractError`` where shapes do not fit.
     """
     wanted = (*q.shape[:2], len(Branch))
     check(gate_logits.shape == wanted, "gates are not [T, Hq, 3]", gate_logits=gate_logits)
@@ -43,14 +45,14 @@ def nsa_attention(
         k, compressor.k, batch, nsa=nsa, inv_freq=inv_freq, rope_scale=scale
     )
     v_entries = compress_packed(v, compressor.v, batch, nsa=nsa, inv_freq=None, rope_scale=1.0)
-    out_compressed, selection = compressed_branch(q, k_entries, v_entries, batch, nsa=nsa)
+    out_compressed, chosen = compressed_branch(q, k_entries, v_entries, batch, nsa=nsa)
     return sparse_branches(
         q,
         k,
         v,
         out_compressed if Branch.COMPRESSED in branches else None,
         close_gates(gate_logits, branches),
-        selection,
+        chosen if selection is None else selection,
         batch,
         nsa=nsa,
         branches=branches,
