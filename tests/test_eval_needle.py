@@ -59,7 +59,8 @@ def test_a_value_can_be_known_from_the_needle_alone(run: Callable[..., Record]) 
     reader = Reader()
     items = list(run(reader).items.values())
     for question, item in zip(reader.asked, items, strict=True):
-        assert question.text.casefold().count(item["expected"].casefold()) == 1
+        assert item["expected"].isdigit()
+        assert question.text.count(item["expected"]) == 1
     assert len({item["expected"] for item in items}) == GRID.num_keys
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..train.phrases import Split
-from ..train.tasks import needle
+from ..train.tasks import Exercise, needle
 from .haystack import Haystack, hidden, num_besides_hay
 from .record import Record
 from .scoring import holds
@@ -68,7 +68,7 @@ def _ask(
     depths: Sequence[float],
 ) -> dict[str, dict[str, Any]]:
     rng = random.Random(f"{grid.seed}/{key}")
-    exercise = haystack.draw(lambda rng: needle(rng, Split.HELD_OUT), rng)
+    exercise = haystack.draw(_numbered, rng)
     room = context - ANSWER_TOKENS - _SLACK - num_besides_hay(subject, exercise)
     hay = haystack.take(room, share=key / grid.num_keys)
     (turn,) = exercise.turns
@@ -89,6 +89,14 @@ def _ask(
         }
         for depth, answer in zip(depths, subject.answer(questions), strict=True)
     }
+
+
+def _numbered(rng: random.Random) -> Exercise:
+    """A needle whose value is a number: it can be guessed from nothing else."""
+    while True:
+        exercise = needle(rng, Split.HELD_OUT)
+        if exercise.turns[0].values[0].isdigit():
+            return exercise
 
 
 def summary(grid: NeedleGrid, record: Record) -> dict[str, Any]:
