@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..contracts import check
 from ..shapes import BranchStats, NSAShape, StepBatch
+from .compressed_training import wide_type
 
 Tensor = torch.Tensor
 
@@ -67,7 +68,7 @@ def gate_backward(
     ``with_compressed``), and what the backward passes of the other two need; None where a branch
     has no LSE.
     """
-    wide = _wide(d_out)
+    wide = wide_type(d_out)
     gates = gate_logits.to(wide).sigmoid()
     delta = torch.stack([(d_out.to(wide) * out.to(wide)).sum(-1) for out in outs], -1)
     d_gates = (delta * gates * (1 - gates)).to(gate_logits.dtype)
@@ -97,7 +98,7 @@ def sparse_backward(
     ``d_out`` [T, Hq, Dv] is the gradient of the gated sum: gates are in the statistics.
     """
     _check(q, k, v, selection, batch, nsa)
-    grads = tuple(torch.zeros_like(x, dtype=_wide(x)) for x in (q, k, v))
+    grads = tuple(torch.zeros_like(x, dtype=wide_type(x)) for x in (q, k, v))
     if selected is not None:
         tiles = _selected_tiles(selection, batch, nsa)
         _add_gradients(q, k, v, d_out, selected, tiles, grads)
@@ -122,10 +123,6 @@ def _check(
     expected = (q.shape[0], k.shape[1], nsa.num_selected)
     fits = selection is None or selection.shape == expected
     check(fits, "selection is not [T, Hkv, n]", selection=selection)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _query_pages(batch: StepBatch, page: int) -> Iterator[tuple[int, int]]:
@@ -162,12 +159,12 @@ def _window_tiles(batch: StepBatch, nsa: NSAShape) -> Iterator[_KeyTile]:
 
 def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:
     """[t, Hq, ...] in the wide type as [Hkv, G, t, ...]."""
-    return torch.unflatten(x.to(_wide(x)), 1, (num_kv_heads, -1)).movedim(0, 2)
+    return torch.unflatten(x.to(wide_type(x)), 1, (num_kv_heads, -1)).movedim(0, 2)
 
 
 def _by_head(x: Tensor) -> Tensor:
     """[L, Hkv, D] in the wide type as [Hkv, 1, L, D]."""
-    return x.to(_wide(x)).transpose(0, 1)[:, None]
+    return x.to(wide_type(x)).transpose(0, 1)[:, None]
 
 
 def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
@@ -179,7 +176,7 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, tiles: Iterator[_KeyTile]) -> tuple[Tensor, Tensor]:
     """Tokens of no tile get 0, and an LSE of 0."""
     out = q.new_zeros(*q.shape[:2], v.shape[2])
-    lse = q.new_zeros(q.shape[:2], dtype=_wide(q))
+    lse = q.new_zeros(q.shape[:2], dtype=wide_type(q))
     for tile in tiles:
         keys, values = _by_head(k[tile.keys]), _by_head(v[tile.keys])
         scores = _scores(_grouped(q[tile.tokens], k.shape[1]), keys, tile.hidden)
