@@ -56,7 +56,8 @@ TABLE: tuple[tuple[type[BaseException], ErrorRow], ...] = (
     (BodyTooLarge, ErrorRow(413, "invalid_request_error")),
     (RequestError, ErrorRow(400, "invalid_request_error")),
     (Overloaded, ErrorRow(503, "overloaded_error", "overloaded")),
-    (RequestTimeout, ErrorRow(504, "timeout_error", "request_timeout")),
+    # Not 504: the limit is the request's own or one that holds for all, and no gateway's.
+    (RequestTimeout, ErrorRow(408, "timeout_error", "request_timeout")),
     (EngineDead, ErrorRow(500, "server_error", "engine_dead", "the engine has stopped")),
     (
         StepFailed,

@@ -60,9 +60,9 @@ async def ask(**fields: Any) -> tuple[Any, FakeEngine]:
         return await server.chat(messages=HI, **fields), server.engine
 
 
-def test_a_time_out_is_a_504_with_its_own_code() -> None:
+def test_a_time_out_is_a_408_with_its_own_code() -> None:
     response, _ = asyncio.run(ask(timeout_ms=2000))
-    assert response.status_code == 504
+    assert response.status_code == 408
     error = response.json()["error"]
     assert (error["type"], error["code"]) == ("timeout_error", "request_timeout")
     assert "time-out of 2 s" in error["message"]
