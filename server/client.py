@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -260,7 +261,7 @@ class EngineClient:
             )
         if len(self._streams) >= self._max_open:
             raise Overloaded(f"{len(self._streams)} requests are open already", retry_after=1)
-        self._send(Submit(request), request.request_id)
+        self._send(Submit(request, time.monotonic()), request.request_id)
         stream = self._streams[request.request_id] = OutputStream(sink)
         return stream
 

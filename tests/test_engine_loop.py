@@ -63,6 +63,17 @@ def test_a_submitted_request_is_reported_step_by_step_then_the_loop_waits() -> N
     assert port.timeouts == [None, 0.0, 0.0, IDLE_SECONDS, None]
 
 
+@pytest.mark.parametrize(("sent", "arrival"), [(None, 20.0), (17.5, 17.5), (21.0, 20.0)])
+def test_a_request_has_arrived_when_it_was_sent_and_not_when_the_loop_turned(
+    sent: float | None, arrival: float
+) -> None:
+    bench = Bench({"a": [9]})
+    bench.clock.now = 20.0
+    (output,) = outputs_of(run(bench, [Submit(make_request("a", max_tokens=1), sent)]), "a")
+    assert output.times is not None
+    assert output.times.arrival == arrival
+
+
 def test_a_survey_is_answered_once_with_who_holds_what() -> None:
     port = run(
         Bench({"a": [9]}, num_blocks=8),
@@ -125,7 +136,7 @@ def test_books_that_do_not_balance_end_the_loop(monkeypatch: pytest.MonkeyPatch)
 
 
 MESSAGES = [
-    Submit(make_request("a", stop=("x",), logit_bias={3: -1.5}, seed=7, logprobs=2)),
+    Submit(make_request("a", stop=("x",), logit_bias={3: -1.5}, seed=7, logprobs=2), 12.5),
     Abort("a"),
     Ping(),
     Shutdown(),

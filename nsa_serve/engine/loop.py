@@ -77,8 +77,8 @@ class EngineLoop:
 
     def _handle(self, command: Command | Unreadable) -> None:
         match command:
-            case Submit(request):
-                self._submit(request)
+            case Submit(request, sent):
+                self._submit(request, sent)
             case Abort(request_id):
                 final = self._engine.abort(request_id, self._clock())
                 if final is not None:
@@ -93,9 +93,10 @@ class EngineLoop:
             case Shutdown():
                 self._stopping = True
 
-    def _submit(self, request: EngineRequest) -> None:
+    def _submit(self, request: EngineRequest, sent: float | None) -> None:
+        now = self._clock()
         try:
-            self._engine.add(request, self._clock())
+            self._engine.add(request, now if sent is None else min(sent, now))
         except (RequestError, Overloaded) as error:
             self._reject(request.request_id, error)
 

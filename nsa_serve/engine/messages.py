@@ -18,7 +18,10 @@ from ..tokenizer import TokenizerSource
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
+    """``sent`` is on the machine's monotonic clock: the engine may be in a long step meanwhile."""
+
     request: EngineRequest
+    sent: float | None = None  # None: now
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
