@@ -177,8 +177,8 @@ class AIPerf(Tester):
         pace = ["--concurrency", str(load.concurrency)]
         if load.rate is not None:
             pace = ["--request-rate", str(load.rate), "--arrival-pattern", "constant"]
-        # Without the template it counts the bare text, and calls the server's count a discrepancy.
-        counts = ["--apply-chat-template"] if load.is_chat else []
+        # It would count the bare text of a message, where the server counts the template as well.
+        counts = ["--use-server-token-count"] if load.is_chat else []
         return [
             "profile", "--model", site.model, "--url", site.url, "--streaming", *pace, *counts,
             "--endpoint-type", "chat" if load.is_chat else "completions",
