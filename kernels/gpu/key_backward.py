@@ -107,16 +107,11 @@ def fold_readers(k, v, q, d_out, lse, delta, hidden, scale, dk, dv):
 
 
 @triton.jit
-def load_readers(q_ptr, d_out_ptr, lse_ptr, delta_ptr, tokens, heads, valid, q_stride_t, q_stride_h,
-                 d_stride_t, d_stride_h, NUM_HEADS: tl.constexpr, DK: tl.constexpr,
-                 DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Queries [BM, BLOCK_DK], gradients [BM, BLOCK_DV] and statistics [BM] of tokens and heads."""
-    q = load_queries(q_ptr, tokens, heads, valid, q_stride_t, q_stride_h, DK, BLOCK_DK)
-    d_out = load_queries(d_out_ptr, tokens, heads, valid, d_stride_t, d_stride_h, DV, BLOCK_DV)
+def load_stats(lse_ptr, delta_ptr, tokens, heads, valid, NUM_HEADS: tl.constexpr):
+    """LSE and delta [BM] of tokens and heads: +inf and 0, so no share, where not ``valid``."""
     index = tokens.to(tl.int64) * NUM_HEADS + heads
     lse = tl.load(lse_ptr + index, mask=valid, other=float("inf"))
-    delta = tl.load(delta_ptr + index, mask=valid, other=0.0)
-    return q, d_out, lse, delta
+    return lse, tl.load(delta_ptr + index, mask=valid, other=0.0)
 
 
 @triton.jit
@@ -199,10 +194,9 @@ def _key_kernel(
         entries = at + rows // G
         upcoming = tl.load(listed + entries + BT, mask=entries + BT < stop, other=0)
         valid = tile_end & (entries < stop)
-        q, d_out, lse, delta = load_readers(
-            q_ptr, d_out_ptr, lse_ptr, delta_ptr, tokens, heads, valid, q_stride_t, q_stride_h,
-            d_stride_t, d_stride_h, HKV * G, DK, DV, BLOCK_DK, BLOCK_DV
-        )  # fmt: skip
+        q = load_queries(q_ptr, tokens, heads, valid, q_stride_t, q_stride_h, DK, BLOCK_DK)
+        d_out = load_queries(d_out_ptr, tokens, heads, valid, d_stride_t, d_stride_h, DV, BLOCK_DV)
+        lse, delta = load_stats(lse_ptr, delta_ptr, tokens, heads, valid, HKV * G)
         # Only the page's own tokens, first in its list, need it; a loop for them alone would cost
         # more than the mask does.
         hidden = keys[:, None] > tokens[None, :]

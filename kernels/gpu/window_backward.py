@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..shapes import BranchStats, NSAShape, PagedKV, StepBatch
-from .key_backward import fold_readers, load_readers, part_of
+from .key_backward import fold_readers, load_stats, part_of
 from .page_readers import PageReaders
-from .paged_tiles import described, load_page, page_operand, page_rows
+from .paged_tiles import described, load_page, load_queries, page_operand, page_rows
 from .tuning import Tile, page_gradient_tile
 
 Tensor = torch.Tensor
@@ -29,10 +31,12 @@ def window_backward(
     nsa: NSAShape,
     tile: Tile | None = None,
     descriptors: bool | None = None,
+    boxes: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk [T, Hkv, Dk] and dv [T, Hkv, Dv]: the window's share, if ``stats`` are given, plus parts.
 
-    ``parts`` are the partial sums of ``key_backward`` for ``readers``.
+    ``parts`` are the partial sums of ``key_backward`` for ``readers``. ``boxes`` says whether tiles
+    of queries come through descriptors, too.
     """
     num_pages, num_kv_heads = kv.k.shape[:2]
     dk, dv = kv.k.shape[3], kv.v.shape[3]
@@ -40,12 +44,14 @@ def window_backward(
     tile = tile or page_gradient_tile(group, max(dk, dv))
     if descriptors is None:
         descriptors = described(kv)
+    if boxes is None:
+        boxes = _are_boxes(q, tile, group) and _are_boxes(d_out, tile, group)
     d_keys = kv.k.new_empty(q.shape[0], num_kv_heads, dk)
     d_values = kv.v.new_empty(q.shape[0], num_kv_heads, dv)
     dk_parts, dv_parts = parts or (q, q)
     _window_kernel[(num_pages, num_kv_heads)](
-        q,
-        d_out,
+        _tile_operand(q, tile, group, boxes),
+        _tile_operand(d_out, tile, group, boxes),
         page_operand(kv.k, descriptors),
         page_operand(kv.v, descriptors),
         batch.token_rows,
@@ -81,11 +87,37 @@ def window_backward(
         WINDOWED=stats is not None,
         WITH_PARTS=parts is not None,
         DESCRIPTORS=descriptors,
+        BOXES=boxes,
         STAGES=tile.stages,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     return d_keys, d_values
+
+
+def _are_boxes(x: Tensor, tile: Tile, group: int) -> bool:
+    """Whether neighbours' heads in ``x`` [T, Hq, D] fill a tile, in 16-byte steps."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:2]))
+    filled = tile.tokens * group == tile.rows and x.shape[2].bit_count() == 1
+    return filled and all(step % 16 == 0 for step in steps)
+
+
+def _tile_operand(x: Tensor, tile: Tile, group: int, boxes: bool) -> Any:
+    """``x`` [T, Hq, D] as the kernel takes it: a descriptor of tiles of one KV head, or itself."""
+    if not boxes:
+        return x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.tokens, group, x.shape[2]])
+
+
+@triton.jit
+def _load_rows(source, at, tokens, heads, valid, stride_t, stride_h, G: tl.constexpr,
+               BM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+               BOXES: tl.constexpr):  # fmt: skip
+    """Rows [BM, BLOCK_D] of neighbouring tokens; those that are not ``valid`` hold anything."""
+    if BOXES:
+        return source.load([at, tl.program_id(1) * G, 0]).reshape(BM, BLOCK_D)
+    else:
+        return load_queries(source, tokens, heads, valid, stride_t, stride_h, D, BLOCK_D)
 
 
 @triton.jit
@@ -101,8 +133,8 @@ def _store_page(out_ptr, acc, page, head, HKV: tl.constexpr, P: tl.constexpr, BP
 
 @triton.jit(do_not_specialize=["num_pages", "num_chunks"])
 def _window_kernel(
-    q_ptr,
-    d_out_ptr,
+    q_source,
+    d_out_source,
     k_source,
     v_source,
     token_rows_ptr,
@@ -142,6 +174,7 @@ def _window_kernel(
     WINDOWED: tl.constexpr,
     WITH_PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    BOXES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One page and KV head against the tokens whose windows reach it; rows are token-major."""
@@ -170,10 +203,11 @@ def _window_kernel(
         for at in tl.range(page * P, stop, BT, num_stages=STAGES):
             tokens = at + rows // G
             valid = (rows < BT * G) & (tokens < stop)
-            q, d_out, lse, delta = load_readers(
-                q_ptr, d_out_ptr, lse_ptr, delta_ptr, tokens, heads, valid, q_stride_t, q_stride_h,
-                d_stride_t, d_stride_h, HKV * G, DK, DV, BLOCK_DK, BLOCK_DV
-            )  # fmt: skip
+            q = _load_rows(q_source, at, tokens, heads, valid, q_stride_t, q_stride_h,
+                           G, BM, DK, BLOCK_DK, BOXES)  # fmt: skip
+            d_out = _load_rows(d_out_source, at, tokens, heads, valid, d_stride_t, d_stride_h,
+                               G, BM, DV, BLOCK_DV, BOXES)  # fmt: skip
+            lse, delta = load_stats(lse_ptr, delta_ptr, tokens, heads, valid, HKV * G)
             ahead = tokens[None, :] - keys[:, None]
             hidden = (ahead < 0) | (ahead >= WINDOW)
             dk, dv = fold_readers(k, v, q, d_out, lse, delta, hidden, scale_log2, dk, dv)
