@@ -179,4 +179,5 @@ def _engine_conditions(shape: str, bench: BenchEngine) -> dict[str, Any]:
         "token_budget": worker.token_budget,
         "max_model_len": worker.max_model_len,
         "load_seconds": bench.load_seconds,
+        **bench.memory(),
     }

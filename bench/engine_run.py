@@ -33,6 +33,10 @@ def shape_folder(name: str) -> Path:
     raise ConfigError(f"--shape {name}: no such folder with a config.json; known: {shape_names()}")
 
 
+def _free_bytes() -> int:
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+
+
 @dataclass(slots=True)
 class BenchEngine:
     """The engine and the parts that a measurement looks at."""
@@ -40,6 +44,7 @@ class BenchEngine:
     engine: Engine
     parts: EngineParts[Worker]
     load_seconds: float
+    free_before: int = 0  # bytes of the device
     outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
 
     @classmethod
@@ -48,6 +53,7 @@ class BenchEngine:
         config = EngineConfig.from_flags(
             model=str(shape_folder(shape)), random_weights=True, **flags
         )
+        free = _free_bytes()
         start = time.perf_counter()
         parts = build_parts(config)
         engine = Engine(
@@ -55,7 +61,15 @@ class BenchEngine:
             vocab_size=parts.description.vocab_size, depth=parts.depth,
             description=parts.description,
         )  # fmt: skip
-        return cls(engine, parts, time.perf_counter() - start)
+        return cls(engine, parts, time.perf_counter() - start, free)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the device: what was to be taken in all, and what is taken now."""
+        share = self.parts.worker.config.cache.gpu_memory_utilization
+        return {
+            "planned_bytes": int(share * self.free_before),
+            "taken_bytes": self.free_before - _free_bytes(),
+        }
 
     def prompt(self, num_tokens: int, seed: int) -> list[int]:
         """Random token ids; no two seeds share a page."""

@@ -1,22 +1,23 @@
 """Kernels against the attention of torch and xformers, in one run, each checked before it is timed.
 
-Prefill: one prompt of T tokens. Decode: B requests of one token each, replayed from a CUDA graph.
-Both sides read the same heads and lengths; ours includes the merged write, the compression, all
-three branches, the selection and the gates. Every pass is reported beside its floor.
+Prefill: one prompt of T tokens. Decode: B requests of one token each, in a CUDA graph of several
+layers, so that what one costs is what it costs in a step: no layer finds its cache in L2. Both
+sides read the same heads and lengths; ours includes the merged write, the compression, all three
+branches, the selection and the gates. Every pass is reported beside its floor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import cost, gpu, reference
 from ..kernels.shapes import Compressor, NSAShape, StepBatch
+from .attention_rivals import rival_decode, rival_prefill
 from .measure import Ceilings, Timing, floor_ms, time_device, time_graph
 from .synthetic import AttentionShape, Case, local_selection, make_case
 
@@ -148,88 +149,62 @@ def _sparse_row(
     return row(name, run, floor, must_agree(name, run()[last], expected))
 
 
-def rival_prefill(case: Case) -> Iterator[tuple[str, Timing]]:
-    """Full causal attention over contiguous K/V of the same heads."""
-    length, groups = case.batch.num_tokens, case.shape.group_size
-    q = case.q.transpose(0, 1)[None]
-    k, v = (t.transpose(0, 1)[None].repeat_interleave(groups, 1) for t in (case.k, case.v))
-    for name, backend in (
-        ("full, torch SDPA flash", SDPBackend.FLASH_ATTENTION),
-        ("full, torch SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
-    ):
-        with sdpa_kernel(backend):
-            yield (
-                name,
-                time_device(
-                    lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-                    repeats=5 if length >= 32768 else 10,
-                    warmup=2,
-                ),
-            )
-
-
-def rival_decode(case: Case) -> Iterator[tuple[str, Timing]]:
-    """One query per request over contiguous K/V, grouped heads, through cuDNN."""
-    rows, length = case.batch.num_rows, case.batch.max_context_len
-    heads = case.shape.num_kv_heads
-    q = case.q[:, :, None]  # [B, Hq, 1, D]
-    k, v = (
-        torch.randn(rows, heads, length, dim, device="cuda", dtype=case.q.dtype)
-        for dim in (case.shape.head_dim_k, case.shape.head_dim_v)
-    )
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        yield (
-            "full, torch SDPA cuDNN",
-            time_graph(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
-        )
-
-
 def decode_rows(
     shape: AttentionShape, nsa: NSAShape, num_rows: int, context_len: int, ceilings: Ceilings
 ) -> Iterator[Row]:
-    """One decode step of a layer, whole and by op, replayed from CUDA graphs."""
-    case = make_case(
-        shape, nsa, num_rows=num_rows, context_len=context_len, query_len=1, device="cuda",
-        dtype=torch.bfloat16,
-    )  # fmt: skip
+    """One decode step of a layer, whole and by op: the mean of a CUDA graph's layers."""
+    layers = [
+        make_case(
+            shape, nsa, num_rows=num_rows, context_len=context_len, query_len=1, device="cuda",
+            dtype=torch.bfloat16,
+        )
+        for _ in range(_num_layers(shape, nsa, num_rows, context_len))
+    ]  # fmt: skip
+    case = layers[0]
     for name, timing in rival_decode(case):
         yield Row("decode", name, num_rows, context_len, timing)
     floors = cost.decode(shape, nsa, num_rows, context_len)
     compressor = Compressor()
 
-    def write() -> None:
+    def write(case: Case) -> None:
         gpu.kv_write(
             case.k, case.v, case.kv, case.compressed, case.batch, nsa=nsa, compressor=compressor
         )
 
-    def compressed() -> tuple[Tensor, Tensor]:
+    def compressed(case: Case) -> tuple[Tensor, Tensor]:
         out, selection = gpu.compressed_attention(case.q, case.compressed, case.batch, nsa=nsa)
         assert out is not None
         return out, selection
 
-    def sparse(out: Tensor, selection: Tensor) -> Tensor:
+    def sparse(case: Case, out: Tensor, selection: Tensor) -> Tensor:
         return gpu.sparse_attention(
             case.q, case.kv, selection, out, case.gate_logits, case.batch, nsa=nsa
         )
 
-    def layer() -> Tensor:
-        write()
-        return sparse(*compressed())
+    def layer(case: Case) -> Tensor:
+        write(case)
+        return sparse(case, *compressed(case))
 
-    out, selection = compressed()
+    out, selection = compressed(case)
     expected, _ = reference.compressed_attention(case.q, case.compressed, case.batch, nsa=nsa)
     assert expected is not None
     error = must_agree("compressed_attention", out, expected)
     whole = reference.sparse_attention(
         case.q, case.kv, selection, out, case.gate_logits, case.batch, nsa=nsa
     )
-    sparse_error = must_agree("sparse_attention", sparse(out, selection), whole)
+    sparse_error = must_agree("sparse_attention", sparse(case, out, selection), whole)
     for name, run, part, off in (
         ("kv_write", write, "kv_write", None),
         ("compressed + select", compressed, "compressed_attention", error),
-        ("selected + window + gates", lambda: sparse(out, selection), "sparse", sparse_error),
+        ("selected + window + gates", lambda c: sparse(c, out, selection), "sparse", sparse_error),
         ("layer", layer, "layer", sparse_error),
     ):
-        timing = time_graph(run)
+        timing = time_graph([partial(run, each) for each in layers])
         floor = floor_ms(floors[part], ceilings)
         yield Row("decode", name, num_rows, context_len, timing, floor, off)
+
+
+def _num_layers(shape: AttentionShape, nsa: NSAShape, num_rows: int, context_len: int) -> int:
+    """Layers of a graph: at least 2, and more until what they read is far beyond the L2 cache."""
+    read = cost.decode(shape, nsa, num_rows, context_len)["layer"].bytes
+    return max(2, min(16, (256 << 20) // read))

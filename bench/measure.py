@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -78,15 +78,15 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_graph(run: Callable[[], object], *, inner: int = 1, repeats: int = 20) -> Timing:
-    """Device time of one ``run`` replayed from a CUDA graph that holds ``inner`` of them."""
+def time_graph(runs: Sequence[Callable[[], object]], *, repeats: int = 20) -> Timing:
+    """Mean device time of ``runs``, replayed from a CUDA graph that holds them all in turn."""
 
-    def many() -> None:
-        for _ in range(inner):
+    def all_runs() -> None:
+        for run in runs:
             run()
 
-    timing = time_device(captured(many).replay, repeats=repeats)
-    scale = 1 / inner
+    timing = time_device(captured(all_runs).replay, repeats=repeats)
+    scale = 1 / len(runs)
     return Timing(
         timing.median * scale, timing.low * scale, timing.high * scale, repeats, timing.warmup
     )

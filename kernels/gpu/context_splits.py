@@ -13,7 +13,7 @@ import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 _DOUBLINGS = tl.constexpr(6)
-_FEW_TOKENS = 8
+_FEW_TOKENS = 2
 
 
 def fitting_stages(stages: int, tile_bytes: int) -> int:

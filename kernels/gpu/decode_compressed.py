@@ -39,11 +39,11 @@ class CompressedTiles:
     # as long as this many programs are left: two waves of two on each of 132 multiprocessors.
     programs: int = 512
     max_programs: int = 2048  # beyond these a program takes several runs of splits in turn
-    score_blocks: int = 128  # blocks scored by one program in turn
+    score_blocks: int = 64  # blocks scored by one program in turn
     score_programs: int = 1024  # aimed at: several share a token's blocks and its heads
     score_parts: int = 16  # at most so many
     score_heads: int = 2  # merged by one program in turn
-    score_warps: int = 4
+    score_warps: int = 2
     select_blocks: int = 4096  # blocks ranked by one program
     select_warps: int = 2
     scratch_bytes: int = 512 << 20

@@ -289,10 +289,12 @@ def attend_pages(
 def _store_share(
     max_ptr, sum_ptr, acc_ptr, at, live, top, total, acc, DV: tl.constexpr, DV_PAD: tl.constexpr
 ):
+    """An empty state is its maximum alone."""
     dv = tl.arange(0, DV_PAD)
     tl.store(max_ptr + at, top, mask=live)
-    tl.store(sum_ptr + at, total, mask=live)
-    keep = live[:, None] & (dv < DV)[None, :]
+    stored = live & (top > float("-inf"))
+    tl.store(sum_ptr + at, total, mask=stored)
+    keep = stored[:, None] & (dv < DV)[None, :]
     tl.store(acc_ptr + at[:, None] * DV + dv[None, :], acc, mask=keep)
 
 
