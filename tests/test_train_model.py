@@ -56,7 +56,7 @@ def test_training_computes_the_served_models_logits(base, source):
 
 def test_the_teacher_is_the_dense_base(base, source):
     trainer = make_trainer(base)
-    checkpoint, config = open_model(base)
+    config = open_model(base)[1]
     weights = {name: tensor.clone() for name, tensor in trainer.teacher_weights.items()}
     decoder = Decoder(config, weights)
     batch = source.draw(0, 0.0)

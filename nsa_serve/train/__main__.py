@@ -125,12 +125,11 @@ def _trainer(growth: Growth, device: str, rates: Rates, compiled: bool, recomput
 
 
 def main() -> None:
+    """Run a command; what can't be started is told in one line."""
     try:
-        app(standalone_mode=False)
-    except (NSAServeError, typer.Exit) as error:
-        raise SystemExit(
-            str(error) if isinstance(error, NSAServeError) else error.exit_code
-        ) from None
+        app()
+    except NSAServeError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -62,10 +62,8 @@ def probe_loss(
     Each token and KV head counts by the share of attention that it has beyond the forced blocks.
     Also returns the share of that which lies in the blocks of highest score, without gradient.
     """
-    queries = torch.unflatten(
-        q[probe.start + probe.positions], 1, (k.shape[1], -1)
-    )  # [S, Hkv, G, D]
-    queries = queries.permute(1, 2, 0, 3)  # [Hkv, G, S, D]
+    asked = torch.unflatten(q[probe.start + probe.positions], 1, (k.shape[1], -1))
+    queries = asked.permute(1, 2, 0, 3)  # [Hkv, G, S, D]
     keys = k[probe.start : probe.start + probe.length].transpose(0, 1)  # [Hkv, L, D]
     free = _free_blocks(probe, nsa)  # [S, NB]
     with torch.no_grad():
@@ -88,7 +86,7 @@ def _free_blocks(probe: Probe, nsa: NSAShape) -> Tensor:
 
 def _block_mass(queries: Tensor, keys: Tensor, positions: Tensor, nsa: NSAShape) -> Tensor:
     """Share of full causal attention in each block, mean over the group: [Hkv, S, NB]."""
-    scores = (queries @ keys[:, None].transpose(2, 3)).float() * queries.shape[-1] ** -0.5
+    scores = _scores(queries, keys)
     future = torch.arange(keys.shape[1], device=keys.device) > positions[:, None]
     p = scores.masked_fill_(future, -torch.inf).softmax(-1).mean(1)  # [Hkv, S, L]
     return torch.unflatten(F.pad(p, (0, -p.shape[-1] % nsa.page)), -1, (-1, nsa.page)).sum(-1)
@@ -99,11 +97,17 @@ def _block_scores(
 ) -> Tensor:
     """Scores [Hkv, S, NB] of blocks from compressed keys, as the selection computes them."""
     entries = _entries(keys, phi, nsa)
-    scores = (queries @ entries[:, None].transpose(2, 3)).float() * queries.shape[-1] ** -0.5
+    scores = _scores(queries, entries)
     last = torch.arange(entries.shape[1], device=keys.device) * nsa.compress_stride
     hidden = last + nsa.compress_len - 1 > positions[:, None]
     p = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
     return spread_over_blocks(p, nsa)
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Scaled products [Hkv, G, S, L] fp32 of ``queries`` [Hkv, G, S, D], ``keys`` [Hkv, L, D]."""
+    products = queries.flatten(1, 2) @ keys.transpose(1, 2)
+    return torch.unflatten(products.float(), 1, queries.shape[1:3]) * queries.shape[-1] ** -0.5
 
 
 def _entries(keys: Tensor, phi: Phi, nsa: NSAShape) -> Tensor:

@@ -113,15 +113,11 @@ def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _split(
-    fused: Tensor, cos: Tensor, sin: Tensor, rows: FusedRows, dim: int
+    fused: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, ...], dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parts = torch.split(fused, [rows.q, rows.k, rows.v, rows.gate, rows.padding], 1)
+    parts = torch.split(fused, sizes, 1)
     q, k, v = (torch.unflatten(part, 1, (-1, dim)) for part in parts[:3])
-    gates = (
-        torch.unflatten(parts[3], 1, (-1, 3))
-        if rows.gate
-        else parts[3][..., None].expand(-1, -1, 3)
-    )
+    gates = torch.unflatten(parts[3], 1, (sizes[3] // 3, 3))
     return _turn(q, cos, sin), _turn(k, cos, sin), v.contiguous(), gates.contiguous()
 
 
@@ -140,7 +136,8 @@ class _SplitRotate(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.padding, ctx.ops = rows.padding, ops
-        out: tuple[Tensor, Tensor, Tensor, Tensor] = ops.split(fused, cos, sin, rows, dim)
+        sizes = (rows.q, rows.k, rows.v, rows.gate, rows.padding)
+        out: tuple[Tensor, Tensor, Tensor, Tensor] = ops.split(fused, cos, sin, sizes, dim)
         return out
 
     @staticmethod

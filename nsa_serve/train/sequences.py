@@ -44,7 +44,7 @@ class SequenceWriter:
         self.text_share = text_share
         self._names = list(corpus.sources)
         # Square roots: large sources more often than small ones, but not in proportion.
-        self._weights = [tokens.shape[0] ** 0.5 for tokens in corpus.sources.values()]
+        self._weights = [tokens.size**0.5 for tokens in corpus.sources.values()]
         self._ends = _sentence_ends(tokenizer)
 
     def draw(self, rng: random.Random, length: int) -> TrainingSequence:
