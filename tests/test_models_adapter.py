@@ -18,12 +18,14 @@ from nsa_serve.errors import CheckpointError, ConfigError
 from nsa_serve.kernels.shapes import CompressKind
 from nsa_serve.llm import LLM
 from nsa_serve.models.checkpoint import EMBEDDED_SHA256, resolve
-from nsa_serve.models.config import NSAConfig, PhiConfig, with_attention
+from nsa_serve.models.config import NSAConfig, PhiConfig, RopeConfig, with_attention
 from nsa_serve.models.families.nsa_serve import nsa_to_json
 from nsa_serve.models.layers import FourBitLinear, uses_four_bit
 from nsa_serve.models.loader import load_decoder, load_four_bit, load_weights
 from nsa_serve.request import SamplingParams
 from nsa_serve.server.flags import EngineFlags
+from nsa_serve.train.adapter import Adapter, AdapterConfig, grown_config, stacked
+from nsa_serve.train.storage import save_adapter
 from tests.adapters import digest, random_adapter, write_adapter
 from tests.checkpoints import (
     CPU,
@@ -145,6 +147,25 @@ def test_a_merged_weight_is_rounded_once(tmp_path: Path, adapter: Path, dtype: t
     wide = load_weights(checkpoint, config, device=CPU, dtype=torch.float32)
     found = load_weights(checkpoint, config, device=CPU, dtype=dtype)
     assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in wide.items())
+
+
+def test_what_training_merges_and_writes_is_what_is_served(tmp_path: Path) -> None:
+    base = write_base(tmp_path)
+    checkpoint, dense = open_model(tmp_path / "base.gguf")
+    parts = AdapterConfig(ranks={"qkv": 4, "down": 2}, phi_rank=3)
+    grown = grown_config(dense, RopeConfig(theta=80_000.0), 4096, parts)
+    adapter = Adapter.create(grown, parts, device=CPU, seed=0)
+    for tensor in adapter.tensors.values():
+        # As files store them.
+        tensor.add_(torch.randn_like(tensor), alpha=0.1).copy_(tensor.bfloat16())
+    folder = tmp_path / "adapter"
+    save_adapter(folder, adapter, base=EMBEDDED_MODEL, training={"step": 1})
+    change(folder, base=base)
+    found = load_weights(*open_model(folder), device=CPU, dtype=torch.bfloat16)
+    wide = load_weights(checkpoint, dense, device=CPU, dtype=torch.float32)
+    expected = adapter.merged(stacked(wide, dense.num_layers), torch.bfloat16)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_parameter_that_is_given_whole_replaces_the_bases(tmp_path: Path) -> None:
