@@ -65,6 +65,7 @@ def test_the_dashboard_shows_what_a_server_is_judged_by():
     for wanted in (
         "time_to_first_token_seconds", "inter_token_latency_seconds", "generation_tokens_total",
         "num_requests_waiting", "kv_cache_blocks_resident", "prefix_cache_hits_total",
+        "kv_host_hits_total", "kv_host_fetched_bytes_total",
         "num_preemptions_total", "request_errored_total", "request_rejected_total",
     ):  # fmt: skip
         assert f"nsa_serve:{wanted}" in asked
