@@ -39,6 +39,7 @@ class Watchdog:
         self._patience = patience
         self._known = EngineState.OK
         self._watching = False
+        self._overdue = False  # it computed for longer than any step takes
         self._answered_in: deque[float] = deque(maxlen=NUM_REMEMBERED)  # seconds
 
     async def watch(self, interval: float) -> None:
@@ -64,16 +65,20 @@ class Watchdog:
     async def _ask(self) -> EngineState:
         loop = asyncio.get_running_loop()
         start = loop.time()
-        before, self._known = self._known, await self._answer()
+        state = await self._answer()
         seconds = loop.time() - start
-        if self._known is EngineState.OK:
+        if state is EngineState.OK:
             self._answered_in.append(seconds)
-        if self._known is EngineState.FROZEN and before is not EngineState.FROZEN:
+        self._become(state, seconds)
+        return state
+
+    def _become(self, state: EngineState, seconds: float = 0.0) -> None:
+        before, self._known = self._known, state
+        if state is EngineState.FROZEN and before is not EngineState.FROZEN:
             logger.error("the engine has not answered in %.1f s; its stacks follow", seconds)
             self._engine.dump_stacks()
-        elif self._known is EngineState.OK and before is EngineState.FROZEN:
-            logger.warning("the engine answers again")
-        return self._known
+        elif state is EngineState.OK and before is EngineState.FROZEN:
+            logger.warning("the engine goes on")
 
     async def _answer(self) -> EngineState:
         asked = asyncio.ensure_future(self._engine.ping(self.compute_limit))
@@ -83,11 +88,13 @@ class Watchdog:
                 return EngineState.FROZEN
             asked.result()
         except TimeoutError:
+            self._overdue = True
             return EngineState.FROZEN
         except NSAServeError:
             return EngineState.DEAD
         finally:
             asked.cancel()
+        self._overdue = False
         return EngineState.OK
 
     async def _await_life(self, asked: asyncio.Future[None]) -> None:
@@ -96,5 +103,9 @@ class Watchdog:
         while quiet < NUM_LOOKS and not asked.done():
             await asyncio.wait((asked,), timeout=self._patience / NUM_LOOKS)
             before, spent = spent, self._engine.cpu_seconds()
-            computes = before is not None and spent is not None and spent > before
-            quiet = 0 if computes else quiet + 1
+            if self._overdue or before is None or spent is None or spent <= before:
+                quiet += 1
+                continue
+            quiet = 0
+            if not asked.done():
+                self._become(EngineState.OK)

@@ -56,7 +56,7 @@ def test_a_freeze_is_told_and_its_stacks_are_asked_for_once(caplog):
     with caplog.at_level(logging.WARNING):
         assert asyncio.run(scenario()) == 2
     told = [record.getMessage() for record in caplog.records]
-    assert [line.split(" ")[2] for line in told] == ["has", "answers", "has"]
+    assert [line.split(" ")[2] for line in told] == ["has", "goes", "has"]
 
 
 def test_a_watched_engine_is_not_waited_for():
@@ -103,6 +103,45 @@ def test_an_engine_that_computes_lives_and_one_that_stops_at_it_is_frozen():
     states, looks, num_dumps = asyncio.run(scenario())
     assert states == [EngineState.OK, EngineState.FROZEN]
     assert (looks, num_dumps) == (60, 1)
+
+
+def test_an_engine_that_computes_again_lives_before_its_step_has_ended():
+    class Stopped(Computing):
+        """Uses no processor time until it is let go on."""
+
+        goes_on = False
+
+        def cpu_seconds(self):
+            self.looks += self.goes_on
+            return float(self.looks)
+
+    async def scenario():
+        engine = Stopped(0, ends=False)
+        async with watched(engine, patience=0.007) as watchdog:
+            await until(watchdog, EngineState.FROZEN)
+            engine.goes_on = True
+            await until(watchdog, EngineState.OK)
+            return engine.answers.is_set(), engine.num_dumps
+
+    assert asyncio.run(scenario()) == (False, 1)
+
+
+def test_an_engine_that_computed_for_too_long_lives_again_when_it_answers(monkeypatch):
+    """Not because it still computes: whoever asked now and then would never see it frozen."""
+    monkeypatch.setattr(watchdog_room, "COMPUTE_SECONDS", 0.02)
+
+    async def scenario():
+        engine = Computing(10**9, ends=False)
+        async with watched(engine, patience=0.007) as watchdog:
+            await until(watchdog, EngineState.FROZEN)
+            looks = engine.looks
+            while engine.looks < looks + 30:
+                assert await watchdog.state() is EngineState.FROZEN
+                await asyncio.sleep(0)
+            engine.answers.set()
+            await until(watchdog, EngineState.OK)
+
+    asyncio.run(scenario())
 
 
 def test_how_long_computing_counts_as_life_follows_the_slowest_answer_of_late(monkeypatch):
