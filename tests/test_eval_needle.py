@@ -78,6 +78,11 @@ def test_a_text_that_is_too_short_is_refused(run: Callable[..., Record]) -> None
         run(Reader(), replace(GRID, contexts=(1 << 18,)))
 
 
+def test_a_context_without_room_for_any_text_is_refused(run: Callable[..., Record]) -> None:
+    with pytest.raises(ConfigError, match=r"the shortest lacks \d+ tokens for the question"):
+        run(Reader(), replace(GRID, contexts=(60, 2000)))
+
+
 def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(
     run: Callable[..., Record],
 ) -> None:

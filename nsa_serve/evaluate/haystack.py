@@ -93,8 +93,12 @@ class Haystack:
     def take(self, room: int, *, share: float = 0.0) -> list[str]:
         """As many sentences as fit into ``room`` tokens, from ``share`` of the way in, all round.
 
-        Raises ``ConfigError`` where there are not enough of them.
+        Raises ``ConfigError`` where there are not enough of them, or no room at all.
         """
+        if room <= 0:
+            raise ConfigError(
+                f"--contexts: the shortest lacks {1 - room} tokens for the question and its answer"
+            )
         first = int(share * len(self.sentences))
         order = self.sentences[first:] + self.sentences[:first]
         taken: list[str] = []
