@@ -64,6 +64,8 @@ class CacheConfig:
     kv_cache_memory_bytes: int | None = None  # None: a share of the free memory
     gpu_memory_utilization: float = 0.9
     kv_host_memory_bytes: int = 0  # pages that the device lacks room for; 0: no host tier
+    kv_disk_dir: str | None = None  # where pages of prefixes are kept that the cache gives up
+    kv_disk_bytes: int = 32 * GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,12 @@ class EngineConfig:
         _need(host >= 0, f"--kv-host-memory-bytes must not be negative, not {host}")
         offload = self.source.cpu_offload_bytes
         _need(offload >= 0, f"--cpu-offload-bytes must not be negative, not {offload}")
+        disk = self.cache.kv_disk_bytes
+        _need(disk > 0, f"--kv-disk-dir: its size must be positive, not {disk}")
+        _need(
+            self.cache.kv_disk_dir is None or self.cache.enable_prefix_caching,
+            "--kv-disk-dir keeps prefixes: it needs --enable-prefix-caching",
+        )
         rate = self.source.mock_token_rate
         _need(rate is None or 0 < rate <= 1e6, f"--mock-engine must be tokens/s, not {rate}")
         length = self.source.max_model_len

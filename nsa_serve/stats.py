@@ -41,6 +41,16 @@ class StreamReport(msgspec.Struct, frozen=True):
         return 1 - min(1.0, self.stall_seconds / self.seconds) if self.seconds else 1.0
 
 
+class DiskReport(msgspec.Struct, frozen=True):
+    """What the disk tier has done since the engine started."""
+
+    num_bytes: int = 0  # gauge: of its files
+    written_bytes: int = 0  # of pages
+    read_bytes: int = 0
+    bad_pages: int = 0  # short or damaged, and computed anew
+    dropped_pages: int = 0  # not written: the disk was too slow, or refused
+
+
 class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """All counters at one moment. Counts only grow over an engine's life; gauges say so."""
 
@@ -69,6 +79,7 @@ class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     tier: TierReport | None = None  # None: there is no host tier
     num_blocks_spilled: int = 0  # gauge: of those that hold something, in host memory alone
     stream: StreamReport | None = None  # None: all weights are on the device
+    disk: DiskReport | None = None  # None: there is no disk tier
 
     @property
     def cache_usage(self) -> float:
@@ -103,6 +114,7 @@ class EngineStats:
     iteration_tokens: int = 0
     tier: TierReport | None = None
     stream: StreamReport | None = None
+    disk: DiskReport | None = None
 
     def count_step(self, num_tokens: int) -> None:
         self.num_steps += 1
@@ -158,4 +170,5 @@ class EngineStats:
             iteration_tokens=self.iteration_tokens,
             tier=self.tier,
             stream=self.stream,
+            disk=self.disk,
         )

@@ -61,6 +61,16 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def parse_disk(text: str | None) -> dict[str, Any]:
+    """The settings of ``DIR`` or ``DIR:SIZE``."""
+    if text is None:
+        return {}
+    folder, colon, size = text.rpartition(":")
+    if not colon:
+        return {"kv_disk_dir": text}
+    return {"kv_disk_dir": folder, "kv_disk_bytes": parse_bytes(size)}
+
+
 def read_config_file(context: typer.Context, path: Path | None) -> Path | None:
     """Take flags from a YAML file as defaults, so that the command line goes before them."""
     if path is None:
@@ -193,6 +203,15 @@ class EngineFlags:
             help="Host memory for pages that the cache has no room for, such as 64GiB.",
         ),
     ] = "0"
+    kv_disk_dir: Annotated[
+        str | None,
+        _flag(
+            _MEMORY,
+            "--kv-disk-dir",
+            metavar="DIR[:SIZE]",
+            help="Keep prefixes that the cache gives up there, over restarts; 32GiB at most.",
+        ),
+    ] = None
     cpu_offload_bytes: Annotated[
         str,
         _flag(
@@ -260,6 +279,7 @@ class EngineFlags:
             kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
             kv_host_memory_bytes=parse_bytes(self.kv_host_memory_bytes),
             cpu_offload_bytes=parse_bytes(self.cpu_offload_bytes),
+            **parse_disk(self.kv_disk_dir),
             enable_prefix_caching=self.prefix_caching,
         )
 

@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from ..request import RequestOutput, RequestTimes
-from ..stats import ITERATION_BUCKETS, StatsSnapshot, StreamReport, TierReport
+from ..stats import ITERATION_BUCKETS, DiskReport, StatsSnapshot, StreamReport, TierReport
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -48,10 +48,15 @@ _SUCCESSES = ("stop", "length", "tool_calls")
 
 _NO_TIER = TierReport()
 _NO_STREAM = StreamReport()
+_NO_DISK = DiskReport()
 
 
 def _tier(snapshot: StatsSnapshot) -> TierReport:
     return snapshot.tier or _NO_TIER
+
+
+def _disk(snapshot: StatsSnapshot) -> DiskReport:
+    return snapshot.disk or _NO_DISK
 
 
 def _stream(snapshot: StatsSnapshot) -> StreamReport:
@@ -121,6 +126,11 @@ _NUMBERS = (
     _Counted("kv_host_in_transfers", "Copies they took", lambda s: _tier(s).in_transfers),
     _Counted("kv_host_in_seconds", "Time they took", lambda s: _tier(s).in_seconds),
     _Counted("kv_host_stall_seconds", "Steps waited for copies", lambda s: _tier(s).stall_seconds),
+    _Counted("kv_disk_bytes", "Bytes of the disk tier", lambda s: _disk(s).num_bytes, False),
+    _Counted("kv_disk_written_bytes", "Pages written to disk", lambda s: _disk(s).written_bytes),
+    _Counted("kv_disk_read_bytes", "Pages read from disk", lambda s: _disk(s).read_bytes),
+    _Counted("kv_disk_bad_pages", "Damaged, so computed anew", lambda s: _disk(s).bad_pages),
+    _Counted("kv_disk_dropped_pages", "Not written", lambda s: _disk(s).dropped_pages),
     _Counted(
         "weights_streamed_bytes", "Weights copied to the device", lambda s: _stream(s).num_bytes
     ),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from ..request import Request
 from .blocks import BlockPool, BlockTable
 from .prefix import PendingPages, PrefixIndex, page_digest, root_digest
 from .residence import ABSENT, Residence, ResidenceUpdate
+from .shelf import PageShelf, Shelving
 from .tiers import TieredResidence, TierSizes
 
 
@@ -45,6 +46,7 @@ class CacheManager:
         enable_prefix_caching: bool = True,
         tiers: TierSizes | None = None,
         near: NearPages | None = None,
+        shelf: PageShelf | None = None,
     ) -> None:
         assert page_size > 0, f"a page needs a token, got {page_size}"
         assert tiers is None or tiers.num_blocks == num_blocks, "the tiers hold other blocks"
@@ -54,6 +56,7 @@ class CacheManager:
         self.residence = Residence(num_blocks) if tiers is None else TieredResidence(tiers)
         self._near = near
         self._pool = BlockPool(num_blocks)
+        self.shelving = None if shelf is None else Shelving(shelf, self.residence, self._pool)
         self._index = PrefixIndex()
         self._pending = PendingPages()
         self._tables: dict[int, BlockTable] = {}
@@ -252,13 +255,50 @@ class CacheManager:
         for table in self._tables.values():
             table.publishes = table.publishes and not table.block_ids
         while self._pool.num_cached:
-            self._evict()
+            self._evict(keep=False)
+        if self.shelving is not None:
+            self.shelving.shelf.clear()
         self._index.clear()
         return self._pending.clear()
 
     def take_update(self) -> ResidenceUpdate | None:
         """Where pages live from the next step on, and the copies that takes; None without tiers."""
         return self.residence.take_update()
+
+    def shelved(self, request: Request) -> list[bytes]:
+        """Pages on the shelf that follow a request's match, as many as find room."""
+        if self.shelving is None or not self.may_share(request):
+            return []
+        first = len(self.match(request).block_ids)
+        digests = self._tables[request.index].digests[first : self._num_matchable(request)]
+        return list(islice(takewhile(self.shelving.shelf.__contains__, digests), self.num_usable))
+
+    def restore(self, request: Request, digests: Sequence[bytes]) -> None:
+        """Cache pages that follow a request's match; the next step brings their content."""
+        assert self.shelving is not None, "pages without a shelf"
+        held = list(self.match(request).block_ids)
+        for block_id in held:  # these aren't evicted for the pages behind them
+            self._pool.hold(block_id)
+            self.residence.wake(block_id)
+        held += self._file(digests, self.shelving)
+        for block_id in reversed(held):
+            self._pool.release(block_id, keep=True)
+            self.residence.rest(block_id)
+
+    def _file(self, digests: Sequence[bytes], shelving: Shelving) -> list[int]:
+        """Blocks for pages at hand, each held once; those that find none are given back."""
+        taken: list[int] = []
+        for at, digest in enumerate(digests):
+            if not self.num_usable or not shelving.has_room:
+                shelving.shelf.discard(digests[at:])
+                break
+            if self._index.block(digest) is not None:  # it was computed meanwhile
+                shelving.shelf.discard([digest])
+            else:
+                taken.append(self._take())
+                self._index.insert(digest, taken[-1])
+                shelving.arriving[taken[-1]] = digest
+        return taken
 
     def check(self) -> None:
         """Free + cached + in use = total; every reference, digest and slot is explained."""
@@ -273,6 +313,8 @@ class CacheManager:
             if table.first_near is not None:
                 near = self._near_pages(table, table.first_near)
                 pins.update(table.block_ids[page] for page in near)
+        if self.shelving is not None:
+            pins.update(self.shelving.arriving)
         self.residence.check_pins(pins)
         for block_id in range(self.num_blocks):
             self._check_block(block_id, holders[block_id])
@@ -350,7 +392,9 @@ class CacheManager:
         self.residence.place(block_id)
         return block_id
 
-    def _evict(self) -> None:
+    def _evict(self, *, keep: bool = True) -> None:
         block_id = self._pool.evict()
+        if self.shelving is not None:
+            self.shelving.depart(block_id, self._index.digest(block_id), keep=keep)
         self._index.remove(block_id)
         self.residence.vacate(block_id)

@@ -39,6 +39,10 @@ class PrefixIndex:
     def block(self, digest: bytes) -> int | None:
         return self._blocks.get(digest)
 
+    def digest(self, block_id: int) -> bytes:
+        """What a filed block holds."""
+        return self._digests[block_id]
+
     def insert(self, digest: bytes, block_id: int) -> bool:
         """File the block, unless another one holds the same content already."""
         if digest in self._blocks:

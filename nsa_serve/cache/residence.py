@@ -81,6 +81,10 @@ class Residence:
     def wake(self, block_id: int) -> None:
         """Somebody holds the block again."""
 
+    def is_moving(self, block_id: int) -> bool:
+        """Whether the next update copies the block: until then its page is elsewhere."""
+        return False
+
     def take_update(self) -> ResidenceUpdate | None:
         """What changed since the last call; None where places never change."""
         return None

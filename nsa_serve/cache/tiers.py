@@ -133,6 +133,9 @@ class TieredResidence(Residence):
             del self._idle[block_id]
             self._cold[block_id] = None
 
+    def is_moving(self, block_id: int) -> bool:
+        return any(move.block_id == block_id for move in self._moves)
+
     def take_update(self) -> ResidenceUpdate:
         """What changed since the last call, after copying pages out ahead of need."""
         missing = self.sizes.ahead - len(self._free) - len(self._copied)

@@ -76,6 +76,7 @@ def _join(
         enable_prefix_caching=config.cache.enable_prefix_caching,
         tiers=residence_sizes(worker.tiers),
         near=near_pages(worker.tiers),
+        shelf=worker.disk,
     )
     # On a GPU a launch only queues, so the next step is planned while this one runs.
     depth = 1 if worker.device.type == "cuda" else 0

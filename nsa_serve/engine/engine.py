@@ -151,9 +151,16 @@ class Engine:
             self._launch(plan)
         if self._flights and (plan is None or len(self._flights) > self._depth):
             return outputs + self._land()
-        if plan is None and self._followers is not None:
-            self._followers.rest()
+        if plan is None:
+            self._rest()
         return outputs
+
+    def _rest(self) -> None:
+        """Wait a moment for what others do: nothing can be launched."""
+        if self._scheduler.awaits_pages:
+            self._scheduler.rest()
+        elif self._followers is not None:
+            self._followers.rest()
 
     def _take_turns(self, now: float) -> list[RequestOutput]:
         """Pass on what grammars allow; end the requests whose text is complete or can't go on."""
@@ -345,7 +352,9 @@ def _failed(plan: StepPlan) -> StepResult:
         for chunk in plan.chunks
         if chunk.samples
     ]
-    return StepResult(plan.step_id, tokens)
+    # It may not have come to loading pages.
+    lost = [page.block_id for page in plan.arriving]
+    return StepResult(plan.step_id, tokens, lost_block_ids=lost)
 
 
 def _feed(output: OutputState, update: StepUpdate, now: float) -> bool:

@@ -53,6 +53,7 @@ class MockWorker:
         self.num_blocks = max(CACHE_TOKENS, self.max_model_len) // self.page + 1
         self.token_budget = token_budget(config, self.device)
         self.tiers = None
+        self.disk = None
         script = Tokenizer(read_source(checkpoint)).encode(TEXT, add_special=False)
         self._runner = MockRunner(script, 1 / rate)
 

@@ -22,6 +22,9 @@ class CopyLane(Protocol):
     def join(self, number: int) -> None:
         """What is computed from here on comes after the copies up to this one."""
 
+    def finish(self) -> None:
+        """Wait, on the host, for all copies."""
+
     @property
     def seconds(self) -> dict[bool, float]:
         """Time that finished copies took, by whether they went to the device."""
@@ -48,6 +51,9 @@ class SameLane:
         self.seconds[to_device] += perf_counter() - start
         self._last += 1
         return self._last
+
+    def finish(self) -> None:
+        self.join(self._last)
 
     def join(self, number: int) -> None:
         assert number <= self._last, f"copy {number} was never queued"
@@ -102,6 +108,9 @@ class SideLane:
             start = _mark()
             torch.cuda.current_stream().wait_event(event)
             self._spans.append(_Span(start, _mark(), None))
+
+    def finish(self) -> None:
+        self._stream.synchronize()
 
     def _harvest(self) -> None:
         while self._ends and _is_done(self._ends[0][1]):

@@ -68,6 +68,13 @@ class DevicePool:
         return self._raw.view(self.num_slots, self.layout.slot_elements)
 
     @property
+    def entries(self) -> torch.Tensor:
+        """All compressed entries [layers, blocks, values of a block in a layer]."""
+        layers = self.layout.num_layers
+        size = self.layout.entry_elements // layers
+        return self._compressed.view(layers, self.num_blocks, size)
+
+    @property
     def num_bytes(self) -> int:
         return (self._raw.numel() + self._compressed.numel()) * self.layout.dtype.itemsize
 

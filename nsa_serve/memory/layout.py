@@ -61,6 +61,11 @@ class KVLayout:
         return self.bytes_per_slot + self.compressed_bytes_per_block
 
     @property
+    def entry_elements(self) -> int:
+        """Values of the compressed entries of one page, all layers."""
+        return self.num_layers * self._compressed_layer_elements
+
+    @property
     def slot_elements(self) -> int:
         return self.num_layers * self._layer_elements
 

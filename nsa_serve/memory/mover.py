@@ -91,9 +91,7 @@ class BlockMover:
             self._device[move.target_slot].copy_(page, non_blocking=True)
 
 
-def merged(
-    moves: Sequence[BlockMove], slab: int, first_host: int = 0
-) -> Iterator[list[BlockMove]]:
+def merged(moves: Sequence[BlockMove], slab: int, first_host: int = 0) -> Iterator[list[BlockMove]]:
     """``moves`` in runs of one direction and neighbouring slots in one slab of the host's pages.
 
     No run reaches over two slabs, so that none reaches over two pieces of page-locked memory.

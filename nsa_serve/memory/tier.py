@@ -63,6 +63,10 @@ class HostTier:
         resident = partial(self._prefetcher.ensure_resident, inputs.batch)
         return replace(inputs, kv=self._prefetcher.kv, resident=resident)
 
+    def settle(self) -> None:
+        """Wait until all queued copies are done, and the host's pages are what they are to be."""
+        self._lane.finish()
+
     def take_lost(self) -> tuple[int, ...]:
         """Blocks whose pages could not be copied, since the last call."""
         lost, self._mover.lost = tuple(self._mover.lost), []

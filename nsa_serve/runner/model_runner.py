@@ -11,11 +11,19 @@ import numpy as np
 import torch
 
 from ..memory.device_pool import DevicePool
+from ..memory.disk_tier import DiskTier
 from ..memory.tier import HostTier
 from ..models.step import StepInputs
 from ..models.weight_stream import WeightStream
 from ..request import TokenTrace
-from ..schedule.plan import SampledToken, ScheduledChunk, StepPlan, StepResult, StreamReport
+from ..schedule.plan import (
+    DiskReport,
+    SampledToken,
+    ScheduledChunk,
+    StepPlan,
+    StepResult,
+    StreamReport,
+)
 from .graphs import GraphSet
 from .inputs import StepBuffers, StepShape
 from .prompt_logprobs import PromptRows, PromptSpan, prompt_entries
@@ -64,6 +72,7 @@ class PendingStep:
     tier_counts: torch.Tensor | None = None  # [3] int64
     lost_block_ids: tuple[int, ...] = ()
     streamed: StreamCount | None = None
+    disk: DiskReport | None = None
 
     def result(self) -> StepResult:
         """What came of the step, after waiting for it alone."""
@@ -76,7 +85,7 @@ class PendingStep:
             report = self.tier.report(self.tier_counts)
         stream = None if self.streamed is None else self.streamed.report()
         lost = list(self.lost_block_ids)
-        return StepResult(self.plan.step_id, tokens, prompts, report, stream, lost)
+        return StepResult(self.plan.step_id, tokens, prompts, report, stream, self.disk, lost)
 
 
 def _tokens(plan: StepPlan, sampled: Sampled, trace: StepTrace | None) -> list[SampledToken]:
@@ -116,11 +125,13 @@ class ModelRunner:
         uniform: bool = False,
         tier: HostTier | None = None,
         stream: WeightStream | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
         self.tier = tier
         self.stream = stream
+        self.disk = disk
         self._num_streamed = 0  # bytes
         self.buffers = StepBuffers(
             pool,
@@ -141,8 +152,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Queue a step on the device; on the CPU, run it."""
-        if self.tier is not None and plan.residence is not None:
-            self.tier.apply(plan.residence)
+        self._move_pages(plan)
         self._change_rows(plan)
         if not plan.chunks:
             return PendingStep(plan, None, [], None, None, None)
@@ -163,12 +173,26 @@ class ModelRunner:
             sampled = self.sampler.sample(at_samples, fields, samples, self.buffers.last_tokens)
         logprobs = self._prompt_logprobs(prompt_hidden, spans)
         counts = None if self.tier is None else to_host(self.tier.counts)
-        lost = () if self.tier is None else self.tier.take_lost()
+        lost = self._take_lost()
         streamed = self._count_streamed()
         done = record_event() if self.pool.device.type == "cuda" else None
         return PendingStep(
-            plan, sampled, spans, logprobs, trace, done, self.tier, counts, lost, streamed
-        )
+            plan, sampled, spans, logprobs, trace, done, self.tier, counts, lost, streamed,
+            None if self.disk is None else self.disk.report(),
+        )  # fmt: skip
+
+    def _move_pages(self, plan: StepPlan) -> None:
+        """What leaves is saved before anything moves, what comes is put where room was made."""
+        if self.disk is not None and plan.departing:
+            self.disk.save(plan.departing)
+        if self.tier is not None and plan.residence is not None:
+            self.tier.apply(plan.residence)
+        if self.disk is not None and plan.arriving:
+            self.disk.load(plan.arriving)
+
+    def _take_lost(self) -> tuple[int, ...]:
+        moved = () if self.tier is None else self.tier.take_lost()
+        return moved if self.disk is None else (*moved, *self.disk.take_lost())
 
     def _count_streamed(self) -> StreamCount | None:
         if self.stream is None:

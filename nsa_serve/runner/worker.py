@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from ..config import EngineConfig
 from ..errors import ConfigError
 from ..memory.device_pool import DevicePool
+from ..memory.disk_tier import DiskTier
 from ..memory.host_pool import HostPool, PinnedMemory
 from ..memory.layout import KVLayout
+from ..memory.page_store import SEGMENT_BYTES, PageStore
 from ..memory.tier import HostTier
 from ..models.checkpoint import Checkpoint, resolve
 from ..models.config import ModelConfig, with_attention, with_context
 from ..models.decoder import Decoder
 from ..models.families import model_config
+from ..models.identity import model_identity
 from ..models.layers import choose_dtype
 from ..models.loader import load_decoder, num_weight_bytes, parameter_shapes
 from ..models.weight_stream import StreamPlan, WeightStream
@@ -60,10 +64,12 @@ class Worker:
         self._pinned = self._reserve_host()
         self.model = self._load(progress)
         self.tiers: TierSize | None = None
+        self.disk: DiskTier | None = None
         size = self._size_cache()
         self.max_model_len, self.num_blocks = size.max_model_len, size.num_blocks
         self.pool, tier = self._build_pools()
         self.num_cache_bytes = self.pool.num_bytes
+        self.disk = self._open_disk(tier)
         self._runner = self._build_runner(self.pool, self.max_model_len, tier=tier)
 
     @property
@@ -207,6 +213,30 @@ class Worker:
         host = HostPool(self.layout, raw)
         return pool, HostTier(pool, host, slab=tiers.slab, num_hot=tiers.num_hot)
 
+    def _open_disk(self, tier: HostTier | None) -> DiskTier | None:
+        cache, source = self.config.cache, self.config.source
+        if cache.kv_disk_dir is None:
+            return None
+        layout = self.layout
+        page_bytes = (layout.slot_elements + layout.entry_elements) * layout.dtype.itemsize
+        least = 2 * (SEGMENT_BYTES + page_bytes)
+        if cache.kv_disk_bytes < least:
+            raise ConfigError(
+                f"--kv-disk-dir of {cache.kv_disk_bytes} bytes holds too few files: give it at "
+                f"least {shown(least)}"
+            )
+        # K/V of the same tokens differ in their last bits where they are computed otherwise.
+        way = self.device.type, self.config.graph.deterministic
+        seed = source.seed if source.random_weights else None
+        key = model_identity(self.checkpoint, self.model_config, layout, way, seed)
+        try:
+            store = PageStore(
+                Path(cache.kv_disk_dir).expanduser(), key, page_bytes, cache.kv_disk_bytes
+            )
+        except OSError as error:
+            raise ConfigError(f"--kv-disk-dir {cache.kv_disk_dir}: {error}") from None
+        return DiskTier(store, self.pool, tier)
+
     def _load(self, progress: Progress | None) -> Decoder:
         source = self.config.source
         return load_decoder(
@@ -309,6 +339,7 @@ class Worker:
             uniform=graph.deterministic,
             tier=tier,
             stream=self.model.stream,
+            disk=self.disk,
         )
 
 

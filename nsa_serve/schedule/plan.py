@@ -6,7 +6,9 @@ import msgspec
 
 from ..cache.residence import BlockMove as BlockMove
 from ..cache.residence import ResidenceUpdate as ResidenceUpdate
+from ..cache.shelf import PageAt as PageAt
 from ..request import SamplingParams, TokenLogprob, TokenTrace
+from ..stats import DiskReport as DiskReport
 from ..stats import StreamReport as StreamReport
 from ..stats import TierReport as TierReport
 
@@ -43,7 +45,9 @@ class StepPlan(msgspec.Struct, frozen=True):
     freed_rows: list[int]
     started: list[RowStart]
     chunks: list[ScheduledChunk]
+    departing: list[PageAt] = []  # to be saved before anything else is done
     residence: ResidenceUpdate | None = None  # moves of pages before the step; None: no host tier
+    arriving: list[PageAt] = []  # to be loaded after those moves
 
     @property
     def num_tokens(self) -> int:
@@ -74,4 +78,5 @@ class StepResult(msgspec.Struct, frozen=True):
     prompt_logprobs: list[PromptLogprobs] = []
     tier: TierReport | None = None  # None: no host tier
     stream: StreamReport | None = None  # None: all weights are on the device
+    disk: DiskReport | None = None  # None: no disk tier
     lost_block_ids: list[int] = []  # their pages could not be copied, and what was read is void

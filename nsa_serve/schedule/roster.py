@@ -13,6 +13,7 @@ from .forecast import OutputLengths
 from .limits import TimeLimits
 from .policy import ORDERS
 from .queue import WaitingQueue
+from .shelf_reads import ShelfReads
 
 
 class Roster:
@@ -35,7 +36,9 @@ class Roster:
         self.queue = WaitingQueue(self.order)
         self.running: list[Request] = []  # in the policy's order
         self.retiring: list[Request] = []
-        self.held: dict[int, Request] = {}  # by index: those whose grammar is being compiled
+        # By index: those whose grammar is being compiled, or whose pages are being read.
+        self.held: dict[int, Request] = {}
+        self.reads = ShelfReads(cache)
         self.door = Door(config, cache, max_model_len)
         self.lengths = lengths
         self.num_left = 0  # how often a request has stopped running
@@ -83,14 +86,17 @@ class Roster:
         self._cache.add(accepted)
         self._time_limits.add(accepted)
         self.door.enter(accepted)
-        if accepted.awaits_mask:
+        self.reads.begin(accepted)
+        if accepted.awaits_mask or self.reads.awaits(accepted):
             self.held[accepted.index] = accepted
         else:
             self.queue.push(accepted)
         return accepted
 
     def unhold(self, request: Request) -> None:
-        """A request that was held, if it was, takes its place in the queue."""
+        """A request that was held and lacks nothing more takes its place in the queue."""
+        if request.awaits_mask or self.reads.awaits(request):
+            return
         if self.held.pop(request.index, None) is not None:
             self.queue.push(request)
 

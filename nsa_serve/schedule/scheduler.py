@@ -128,6 +128,15 @@ class Scheduler:
         request.mask, request.mask_position = mask, request.num_tokens
         self._roster.unhold(request)
 
+    @property
+    def awaits_pages(self) -> bool:
+        """Whether pages of some request are being read from a shelf."""
+        return len(self._roster.reads) > 0
+
+    def rest(self) -> None:
+        """Wait a moment for such pages: nothing else can be done."""
+        self._roster.reads.rest()
+
     def overdue(self, now: float) -> list[Request]:
         """Requests whose time-out has passed, each returned once: ``finish`` them."""
         return self._roster.overdue(now)
@@ -141,10 +150,13 @@ class Scheduler:
         assert len(self._launched) <= self._depth, "apply a step before scheduling another"
         if self._launched and self._launched[-1].is_whole:
             return None  # who comes while it runs must get into the next one
+        for request in self._roster.reads.take_ended():
+            self._roster.unhold(request)
         draft = self._batcher.fill(self._next_step, now)
         if draft.chunks:
             return self._launch(draft, now)
-        assert self._launched or not self._roster.requests or self._roster.awaits_mask, (
+        waits = self._roster.awaits_mask or self.awaits_pages
+        assert self._launched or not self._roster.requests or waits, (
             "requests wait, but none can ever run"
         )
         return None
@@ -156,6 +168,7 @@ class Scheduler:
         assert plan.step_id == result.step_id, f"step {plan.step_id} is due, not {result.step_id}"
         self.stats.tier = result.tier or self.stats.tier
         self.stats.stream = result.stream or self.stats.stream
+        self.stats.disk = result.disk or self.stats.disk
         pieces = {piece.request_id: piece for piece in result.prompt_logprobs}
         tokens = iter(result.tokens)
         updates = self._fail_holders(result.lost_block_ids, now)
@@ -182,7 +195,16 @@ class Scheduler:
             request.num_in_flight -= chunk.samples
             if request.status is RequestStatus.RUNNING:
                 self._roster.preempt(request, request.num_computed)
+        self._lose_arriving(launched.plan)
         self._roster.release(step_id)
+
+    def _lose_arriving(self, plan: StepPlan) -> None:
+        """Nobody may read the pages that a failed step was to load."""
+        if not plan.arriving:
+            return
+        holders = self._cache.lose([page.block_id for page in plan.arriving])
+        for request in [r for r in self._roster.running if r.index in holders]:
+            self._roster.preempt(request, request.num_computed)
 
     def snapshot(self) -> StatsSnapshot:
         """All counters and gauges at this moment."""
@@ -225,12 +247,15 @@ class Scheduler:
             self._roster.door.speed.count(num_tokens, seconds)
 
     def _launch(self, draft: Draft, now: float) -> StepPlan:
+        shelving = self._cache.shelving
         plan = StepPlan(
             draft.step_id,
             self._roster.take_freed_rows(),
             draft.started,
             draft.chunks,
+            [] if shelving is None else shelving.take_departing(),
             self._cache.take_update(),
+            [] if shelving is None else shelving.take_arriving(),
         )
         self._next_step += 1
         self._launched.append(_Launched(plan, draft.requests, draft.is_whole, now))
