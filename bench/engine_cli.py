@@ -46,7 +46,7 @@ def kernels(
     # Triton is an optional part, and absent where there is no GPU.
     from ..kernels.shapes import NSAShape
     from . import kernels as room
-    from . import training
+    from . import sm_spread, training
     from .synthetic import AttentionShape
 
     shape, nsa = AttentionShape(num_q_heads, num_kv_heads, head_dim, head_dim), NSAShape()
@@ -76,7 +76,19 @@ def kernels(
         ],
     )  # fmt: skip
     record = {**_conditions(ceilings), "shape": asdict(shape), "nsa": asdict(nsa)}
-    save_json(result_dir / "kernels.json", {**record, "rows": [row.record() for row in rows]})
+    longest = max(length or room.PREFILL_LENGTHS)
+    spreads = sm_spread.measure(longest)
+    if spreads:
+        show_table(
+            f"cycles that multiprocessors are active, a prompt of {longest} tokens",
+            ("kernel", "most", "mean", "spread"),
+            [(s.kernel, s.most, s.mean, s.share) for s in spreads],
+        )
+    record |= {
+        "rows": [row.record() for row in rows],
+        "sm_spread": {"length": longest, "launches": [s.record() for s in spreads]},
+    }
+    save_json(result_dir / "kernels.json", record)
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         if row.phase == "prefill":
