@@ -1,4 +1,4 @@
-"""How evenly the kernels of a prefill layer keep the multiprocessors busy, counted by Nsight Compute.
+"""How evenly a prefill layer's kernels keep the multiprocessors busy, by Nsight Compute.
 
 ``python -m nsa_serve.bench.sm_spread LENGTH`` runs the layer once; ``measure`` runs that under
 ``ncu`` and reads off, for each kernel, the cycles that multiprocessors were active.
@@ -45,7 +45,7 @@ class Spread:
 
 
 def measure(length: int) -> list[Spread]:
-    """Spread of every kernel over a prompt of ``length`` tokens; empty where there is no ``ncu``."""
+    """Spread of every kernel over a prompt of ``length`` tokens; empty without ``ncu``."""
     ncu = shutil.which("ncu")
     if ncu is None:
         return []
@@ -66,10 +66,9 @@ def read_report(report: str) -> list[Spread]:
     header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     launches: dict[str, dict[str, str]] = defaultdict(dict)
     for row in csv.DictReader(lines[header:]):
-        launches[row["ID"]] |= {
-            "kernel": row["Kernel Name"],
-            row["Metric Name"]: row["Metric Value"],
-        }
+        launch = launches[row["ID"]]
+        launch["kernel"] = row["Kernel Name"]
+        launch[row["Metric Name"]] = row["Metric Value"]
     most, mean = _METRICS
     return [
         Spread(found["kernel"], _number(found[most]), _number(found[mean]))
