@@ -6,12 +6,14 @@ time) or on a whole engine with random weights: ``python -m nsa_serve.bench.pres
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
+from ..errors import ConfigError
 from .simulated import Came
 
 FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -196,10 +198,16 @@ class Pressed:
 def oversubscribed(engine: Served, work: Work, factor: float) -> Pressed:
     """Keep as many requests open as take ``factor`` times the cache, until all have ended.
 
-    The rate is that of the middle: from a fifth of the requests ended to four fifths.
+    The rate is that of the middle: from a fifth of the requests ended to four fifths. Raises
+    ``ConfigError`` where there are too few requests to keep so many open until then.
     """
     lengths = list(work.lengths())
     num_open = max(1, round(factor * engine.num_tokens / (work.prompt_len + work.output_len)))
+    if num_open > 0.8 * len(lengths):
+        raise ConfigError(
+            f"{num_open} requests are {factor:g} times what the cache holds: --num-requests must "
+            f"be at least {math.ceil(num_open / 0.8)}, not {len(lengths)}"
+        )
     num_added = num_ended = num_tokens = 0
     marks: list[tuple[float, int]] = []
     start, preempted = engine.now, engine.num_preemptions

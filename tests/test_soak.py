@@ -9,7 +9,10 @@ import pytest
 
 from nsa_serve.bench.front_end_load import Load, Reader, figures
 from nsa_serve.bench.fuzz_api import summary
+from nsa_serve.bench.pressure import Work, oversubscribed
+from nsa_serve.bench.simulated import H200_8B, SimulatedEngine
 from nsa_serve.bench.soak import Connection, Plan, Record, ask, faults, growth, metrics
+from nsa_serve.errors import ConfigError
 
 CLEAN = {
     "wrong": [], "left_over": {"num_requests_running": 0.0}, "choices_accepted": 3,
@@ -138,6 +141,14 @@ def test_latency_is_what_follows_the_moment_at_which_a_token_was_made():
     assert found["events_per_core_second"] == 6
     assert found["added_latency_ms"]["p50"] == pytest.approx(30)
     assert found["added_latency_ms"]["max"] == pytest.approx(30)
+
+
+def test_a_load_of_too_few_requests_to_press_the_cache_is_refused():
+    engine = SimulatedEngine(H200_8B, num_blocks=100, token_budget=512)
+    work = Work(num_requests=29, prompt_len=32, output_len=32, knows=True)
+    with pytest.raises(ConfigError, match="at least 375, not 29"):
+        oversubscribed(engine, work, 3.0)
+    assert oversubscribed(engine, work, 0.2).num_open == 20
 
 
 def test_the_end_of_schemathesis_is_read_and_one_without_figures_is_an_error():
