@@ -135,7 +135,7 @@ def test_an_adapter_is_saved_in_files_of_at_most_16_mb(base, tmp_path, monkeypat
     disturb(trainer.adapter)
     save_adapter(tmp_path, trainer.adapter, base="tiny", training={"step": 3})
     description = json.loads((tmp_path / "adapter.json").read_text())
-    assert len(description["files"]) > 2
+    assert len(description["files"]) > 1
     tensors = {}
     for name in description["files"]:
         assert (tmp_path / name).stat().st_size < 25_000

