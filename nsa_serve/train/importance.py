@@ -107,7 +107,8 @@ def _block_scores(
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Scaled products [Hkv, G, S, L] fp32 of ``queries`` [Hkv, G, S, D], ``keys`` [Hkv, L, D]."""
     products = queries.flatten(1, 2) @ keys.transpose(1, 2)
-    return torch.unflatten(products.float(), 1, queries.shape[1:3]) * queries.shape[-1] ** -0.5
+    scores = products.float() * queries.shape[-1] ** -0.5
+    return torch.unflatten(scores, 1, queries.shape[1:3])
 
 
 def _entries(keys: Tensor, phi: Phi, nsa: NSAShape) -> Tensor:

@@ -115,7 +115,7 @@ def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _split(
     fused: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, ...], dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parts = torch.split(fused, sizes, 1)
+    parts = torch.split(fused, list(sizes), 1)
     q, k, v = (torch.unflatten(part, 1, (-1, dim)) for part in parts[:3])
     gates = torch.unflatten(parts[3], 1, (sizes[3] // 3, 3))
     return _turn(q, cos, sin), _turn(k, cos, sin), v.contiguous(), gates.contiguous()

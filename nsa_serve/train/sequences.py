@@ -71,13 +71,11 @@ class SequenceWriter:
         if length < taken + 16:
             return self.text(rng, length)
         body = self._hide(rng, self._run(rng, length - taken), facts)
-        parts = [(head, UNUSED), (body, TEXT)]
-        tokens = [np.array(ids, np.uint16) for ids, _ in parts]
-        kinds = [np.full(len(ids), kind, np.int8) for ids, kind in parts]
-        for ids, own in tail:
-            tokens.append(np.array(ids, np.uint16))
-            kinds.append(own)
-        return TrainingSequence(np.concatenate(tokens), np.concatenate(kinds))
+        tokens = [np.array(head, np.uint16), body, *(np.array(ids, np.uint16) for ids, _ in tail)]
+        kinds = [np.full(len(head), UNUSED, np.int8), np.full(len(body), TEXT, np.int8)]
+        return TrainingSequence(
+            np.concatenate(tokens), np.concatenate([*kinds, *(own for _, own in tail)])
+        )
 
     def _exercises(self, rng: random.Random, length: int) -> list[Exercise]:
         wanted = min(_MAX_TURNS, 1 + rng.randrange(1 + length // _TOKENS_OF_A_TURN))

@@ -1,0 +1,7 @@
+#!/bin/sh
+# The adapter on words, wordings and texts that training never saw.
+set -eu
+cd "$(dirname "$0")"
+nsa-serve eval needle work/run/adapter --output work/needle.json
+nsa-serve eval ppl work/run/adapter --text emma --packages work/packages --output work/ppl.json
+nsa-serve eval tasks work/run/adapter --output work/tasks.json
