@@ -38,6 +38,8 @@ def plan(
     dtype: Annotated[DType, typer.Option(help="As for serve.")] = DType.AUTO,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     gpu_memory_utilization: Annotated[float, typer.Option(help="As for serve.")] = 0.9,
+    kv_host_memory_bytes: Annotated[str, typer.Option(help="As for serve.")] = "0",
+    cpu_offload_bytes: Annotated[str, typer.Option(help="As for serve.")] = "0",
     max_num_seqs: Annotated[int, typer.Option(help="As for serve.")] = 256,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="As for serve.")] = None,
 ) -> None:
@@ -47,6 +49,8 @@ def plan(
             model=_model(model, shape), random_weights=shape is not None, attention=attention,
             dtype=dtype, gpu_memory_utilization=gpu_memory_utilization,
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            kv_host_memory_bytes=parse_bytes(kv_host_memory_bytes),
+            cpu_offload_bytes=parse_bytes(cpu_offload_bytes),
         )  # fmt: skip
         if device not in ("cuda", "cpu"):
             raise ConfigError(f"--device is cuda or cpu, not {device}")
@@ -91,6 +95,7 @@ def _load_rows(sizing: Sizing, context: int, streams: int) -> list[tuple[str, st
     share = f", of which {sizing.utilization:.0%} is used" if sizing.device == "cuda" else ""
     return [
         ("weights", shown(sizing.resident_bytes)),
+        *_weight_rows(sizing),
         ("cache of a token: keys and values", f"{sizing.raw_bytes_per_token:,.0f} B"),
         ("cache of a token: compressed entries", f"{sizing.compressed_bytes_per_token:,.0f} B"),
         (f"cache of a stream of {context:,}", shown(stream)),
@@ -100,6 +105,16 @@ def _load_rows(sizing: Sizing, context: int, streams: int) -> list[tuple[str, st
     ]
 
 
+def _weight_rows(sizing: Sizing) -> list[tuple[str, str]]:
+    rows = []
+    if sizing.four_bit_bytes:
+        rows.append(("of them in 4 bits, beside bf16", shown(sizing.four_bit_bytes)))
+    if sizing.offloaded is not None:
+        count, num_bytes = len(sizing.offloaded.layers), sizing.offloaded.host_bytes
+        rows.append((f"{count} layers streamed from host memory", shown(num_bytes)))
+    return rows
+
+
 def _card_row(
     sizing: Sizing, free: int, context: int, *, fits: int, needed: int
 ) -> tuple[Any, ...]:
@@ -107,7 +122,8 @@ def _card_row(
     if size is None:
         return shown(free), "–", "–", "–", 0, "no"
     streams = sizing.streams_that_fit(free, context)
-    held = size.num_blocks * sizing.layout.bytes_per_block
+    device, host = sizing.held_bytes(free)
+    held = f"{shown(device)} + {shown(host)} of the host" if host else shown(device)
     tokens = size.num_blocks * sizing.layout.page
     verdict = "yes" if streams >= fits else f"no: {shown(max(needed - free, 0))} more"
-    return shown(free), shown(held), f"{tokens:,}", f"{size.max_model_len:,}", streams, verdict
+    return shown(free), held, f"{tokens:,}", f"{size.max_model_len:,}", streams, verdict

@@ -16,10 +16,12 @@ from ..errors import ConfigError
 from ..memory.layout import KVLayout
 from ..models.checkpoint import resolve
 from ..models.config import ModelConfig
-from ..models.layers import choose_dtype, has_fast_bf16
-from ..models.loader import num_weight_bytes
+from ..models.layers import choose_dtype, has_fast_bf16, uses_four_bit
+from ..models.loader import num_four_bit_bytes, num_weight_bytes, parameter_shapes
+from ..models.weight_stream import StreamPlan
 from ..runner.budget import CacheSize, default_cpu_cache, size_cache
 from ..runner.staging import StepSizes
+from ..runner.tier_sizes import TierSize, size_tiers
 from ..runner.worker import served_model, token_budget
 
 # Activations of the MLP, in intermediate sizes a token: the fused product's two halves and their
@@ -42,19 +44,31 @@ class Sizing:
     max_rows: int
     max_tokens: int  # of a step
     utilization: float
+    four_bit_bytes: int = 0  # of weights that are multiplied as a GGUF file stores them
+    offloaded: StreamPlan | None = None  # layers that are streamed from host memory
+    host_bytes: int = 0  # for pages beyond the device's
 
     @classmethod
     def of(cls, config: EngineConfig, device: str = "cuda") -> Sizing:
         """Raises ``ConfigError`` or ``CheckpointError`` for what can't be served."""
-        model = served_model(resolve(config.source), config)
+        checkpoint = resolve(config.source)
+        model = served_model(checkpoint, config)
         target = torch.device(device)
+        dtype = choose_dtype(config.source.dtype, target)
+        packs = uses_four_bit(target, dtype) and not config.graph.deterministic
+        host = config.cache.kv_host_memory_bytes
+        if host and model.nsa is None:
+            raise ConfigError("--kv-host-memory-bytes needs Native Sparse Attention")
         return cls(
             model,
-            KVLayout.of(model, choose_dtype(config.source.dtype, target)),
+            KVLayout.of(model, dtype),
             device,
             config.schedule.max_num_seqs,
             token_budget(config, target),
             config.cache.gpu_memory_utilization,
+            num_four_bit_bytes(checkpoint, model) if packs else 0,
+            _offloaded(config, model, dtype, device),
+            host,
         )
 
     @property
@@ -63,11 +77,16 @@ class Sizing:
 
     @property
     def resident_bytes(self) -> int:
-        """Weights, and the packed copy that bf16 on a CPU makes of a tied output layer."""
+        """Weights on the device.
+
+        bf16 on a CPU makes a packed copy of a tied output layer, and has 4-bit weights beside the
+        bf16 ones, which longer steps multiply.
+        """
         model, dtype = self.model, self.layout.dtype
         packs = self.device == "cpu" and dtype == torch.bfloat16 and has_fast_bf16()
         copied = model.vocab_size * model.hidden_size if packs and model.tie_embeddings else 0
-        return self.weight_bytes + copied * dtype.itemsize
+        saved = 0 if self.offloaded is None else self.offloaded.saved_bytes
+        return self.weight_bytes - saved + self.four_bit_bytes + copied * dtype.itemsize
 
     @property
     def raw_bytes_per_token(self) -> float:
@@ -117,8 +136,12 @@ class Sizing:
     def cache_size(self, free: int) -> CacheSize | None:
         """The cache that the engine would make there; None where not even one page fits."""
         try:
+            tiers = self.tiers(free)
+            num_bytes = self.cache_bytes(free)
+            if tiers is not None:
+                num_bytes = tiers.num_blocks * self.layout.bytes_per_block
             return size_cache(
-                self.cache_bytes(free),
+                num_bytes,
                 self.layout,
                 max_model_len=self.model.max_position,
                 max_num_seqs=self.max_rows,
@@ -127,8 +150,32 @@ class Sizing:
         except ConfigError:
             return None
 
+    def tiers(self, free: int) -> TierSize | None:
+        """How that cache is divided with the host's memory; None without a host tier.
+
+        Raises ``ConfigError`` where the device's part is too small.
+        """
+        if not self.host_bytes or self.model.nsa is None:
+            return None
+        return size_tiers(
+            self.cache_bytes(free), self.host_bytes, self.layout, self.model.nsa.shape,
+            max_num_seqs=self.max_rows, token_budget=self.max_tokens,
+        )  # fmt: skip
+
+    def held_bytes(self, free: int) -> tuple[int, int]:
+        """Bytes of that cache on the device and in host memory."""
+        size, tiers = self.cache_size(free), self.tiers(free)
+        assert size is not None, "nothing fits there"
+        if tiers is None:
+            return size.num_blocks * self.layout.bytes_per_block, 0
+        entries = tiers.num_blocks * self.layout.compressed_bytes_per_block
+        raw = self.layout.bytes_per_slot
+        return tiers.num_slots * raw + entries, tiers.num_host * raw
+
     def needed_bytes(self, context: int, streams: int) -> int:
         """Free memory with which a GPU holds this load: everything over the share it may use."""
+        if self.host_bytes:
+            return self._needed_with_host(context, streams)
         cache = streams * self.stream_bytes(context)
         total = self.resident_bytes + self.step_bytes + cache
         return int(total / self.utilization) if self.device == "cuda" else total
@@ -138,4 +185,31 @@ class Sizing:
         size = self.cache_size(free)
         if size is None or context > size.max_model_len:
             return 0
-        return min(size.num_blocks // self.layout.num_pages(context), self.max_rows)
+        streams = min(size.num_blocks // self.layout.num_pages(context), self.max_rows)
+        tiers = self.tiers(free)
+        if tiers is None:
+            return streams
+        # All that run have their first and last pages on the device, beside a step's new ones.
+        near = tiers.num_initial + self.layout.num_pages(tiers.num_near) + 1
+        room = tiers.num_pages - self.layout.num_pages(self.max_tokens)
+        return max(min(streams, room // near), 1)
+
+    def _needed_with_host(self, context: int, streams: int) -> int:
+        """Found by halving: how host memory divides a device's has no inverse."""
+        low, high = 0, 1 << 50
+        while high - low > 1 << 20:
+            middle = (low + high) // 2
+            fits = self.streams_that_fit(middle, context) >= streams
+            low, high = (low, middle) if fits else (middle, high)
+        return high
+
+
+def _offloaded(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: str
+) -> StreamPlan | None:
+    asked = config.source.cpu_offload_bytes
+    if not asked:
+        return None
+    if device != "cuda":
+        raise ConfigError("--cpu-offload-bytes needs a GPU")
+    return StreamPlan.of(parameter_shapes(model), model.num_layers, dtype, asked)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nsa_serve.models.four_bit import FourBitRows, FourBitWeight, four_bit_rows
 from nsa_serve.models.layers import FourBitLinear, build_linear, uses_four_bit
-from nsa_serve.models.loader import load_four_bit, load_weights
+from nsa_serve.models.loader import load_four_bit, load_weights, num_four_bit_bytes
 
 from .checkpoints import (
     CPU,
@@ -81,6 +81,8 @@ def test_a_gguf_files_fused_and_permuted_rows_equal_those_loaded_in_fp32(
     checkpoint, config = open_model(path)
     weights = load_weights(checkpoint, config, device=CPU, dtype=torch.float32)
     found = load_four_bit(checkpoint, config)
+    held = sum(weight.packed.nbytes + weight.scales.nbytes for weight in found.values())
+    assert num_four_bit_bytes(checkpoint, config) == held > 0
     layers = {
         f"layers.{i}.{part}.weight" for i in range(2) for part in ("qkv", "o", "gate_up", "down")
     }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from nsa_serve.bench.engine_run import shape_folder
@@ -13,10 +14,13 @@ from nsa_serve.bench.plan_cli import parse_tokens
 from nsa_serve.bench.sizing import Sizing
 from nsa_serve.config import EngineConfig
 from nsa_serve.errors import ConfigError
+from nsa_serve.models.layers import uses_four_bit
 from nsa_serve.runner.profile import heaviest_plan
 from nsa_serve.runner.worker import Worker
 from nsa_serve.server import cli
+from tests.checkpoints import random_tensors, write_config, write_gguf
 from tests.live_tensors import LiveTensors
+from tests.test_models_four_bit import KINDS, WIDE_LLAMA
 
 GIB = 1 << 30
 RECORD = Path(__file__).parent.parent / "bench/results/h200/latency_8b_nsa.json"
@@ -117,6 +121,61 @@ def test_nothing_fits_where_the_weights_do_not(shape):
     assert sizing.streams_that_fit(sizing.weight_bytes, 64) == 0
 
 
+def test_host_memory_is_planned_as_the_engine_divides_it(shape):
+    config = EngineConfig.from_flags(
+        model=str(shape()), random_weights=True, device="cpu", dtype="float32",
+        kv_cache_memory_bytes=12 << 20, kv_host_memory_bytes=40 << 20, max_num_seqs=8,
+        max_num_batched_tokens=256,
+    )  # fmt: skip
+    sizing = Sizing.of(config, "cpu")
+    worker = Worker(config)
+    free = 4 * (12 << 20) + sizing.resident_bytes  # of which a quarter is the cache's
+    assert sizing.tiers(free) == worker.tiers
+    assert sizing.cache_size(free).num_blocks == worker.num_blocks
+    device, host = sizing.held_bytes(free)
+    assert (device, host) == (
+        worker.num_cache_bytes, worker.tiers.num_host * worker.layout.bytes_per_slot,
+    )  # fmt: skip
+
+
+def test_host_memory_lets_more_streams_fit_and_less_be_needed(shape):
+    settings = {"model": str(shape()), "random_weights": True, "max_num_batched_tokens": 512}
+    plain = Sizing.of(EngineConfig.from_flags(**settings))
+    tiered = Sizing.of(EngineConfig.from_flags(**settings, kv_host_memory_bytes=GIB))
+    needed = tiered.needed_bytes(4096, 100)
+    assert needed < plain.needed_bytes(4096, 100)
+    assert tiered.streams_that_fit(needed, 4096) >= 100 > plain.streams_that_fit(needed, 4096)
+    assert tiered.streams_that_fit(needed - (2 << 20), 4096) < 100
+
+
+def test_a_host_tier_for_dense_attention_is_refused(shape):
+    config = EngineConfig.from_flags(
+        model=str(shape(**DENSE)), random_weights=True, kv_host_memory_bytes=GIB
+    )
+    with pytest.raises(ConfigError, match="needs Native Sparse Attention"):
+        Sizing.of(config)
+
+
+def test_streamed_layers_are_no_weights_of_the_card(shape):
+    settings = {"model": str(shape()), "random_weights": True}
+    plain = Sizing.of(EngineConfig.from_flags(**settings))
+    streamed = Sizing.of(EngineConfig.from_flags(**settings, cpu_offload_bytes=GIB))
+    assert len(streamed.offloaded.layers) == 6
+    saved = plain.resident_bytes - streamed.resident_bytes
+    assert saved == streamed.offloaded.host_bytes * 4 // 6
+
+
+def test_weights_that_a_cpu_keeps_in_4_bits_are_counted_beside_the_others(tmp_path):
+    write_config(tmp_path, WIDE_LLAMA)
+    path = write_gguf(tmp_path / "q.gguf", WIDE_LLAMA, random_tensors(tmp_path), quantised=KINDS[0])
+    config = EngineConfig.from_flags(model=str(path), dtype="bfloat16")
+    assert Sizing.of(config, "cuda").four_bit_bytes == 0
+    planned = Sizing.of(config, "cpu")
+    packs = uses_four_bit(torch.device("cpu"), torch.bfloat16)
+    assert (planned.four_bit_bytes > 0) == packs
+    assert planned.resident_bytes >= planned.weight_bytes + planned.four_bit_bytes
+
+
 def plan(*arguments, code=0):
     result = CliRunner().invoke(cli.app, ["plan", *arguments], env={"COLUMNS": "160"})
     assert result.exit_code == code, result.output
@@ -132,9 +191,22 @@ def test_the_command_prints_the_load_and_the_cards():
         assert found in text
 
 
+def test_the_command_tells_what_lies_in_host_memory():
+    text = plan(
+        *("--shape", "8b", "--context", "64k", "--streams", "80", "--memory", "139GiB"),
+        *("--kv-host-memory-bytes", "75GiB", "--max-num-seqs", "80"),
+    ).stdout
+    assert "75.00 GiB of the host" in text
+    assert "yes" in text
+    text = plan("--shape", "8b", "--memory", "16GiB", "--cpu-offload-bytes", "8GiB").stdout
+    assert "layers streamed from host memory" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
+        (("--shape", "8b", "--cpu-offload-bytes", "1MiB"), "--cpu-offload-bytes"),
+        (("--shape", "135m", "--device", "cpu", "--cpu-offload-bytes", "1GiB"), "needs a GPU"),
         (("--shape", "9x"), "--shape 9x"),
         (("--shape", "8b", "--context", "x"), "--context"),
         (("--shape", "135m", "--context", "1m"), "exceeds the model's"),

@@ -56,6 +56,11 @@ class FourBitWeight:
         return found
 
 
+def packed_bytes(num_rows: int, width: int) -> int:
+    """Bytes of a ``FourBitWeight`` [N, K]: half a byte a number, four bytes a group."""
+    return num_rows * width // 2 + num_rows * width // GROUP * 4
+
+
 def four_bit_rows(raw: NDArray[np.uint8], kind: str, shape: tuple[int, ...]) -> FourBitRows:
     """The blocks ``raw`` of a GGUF tensor [N, K] of ``kind`` Q4_0 or Q4_1."""
     rows, width = shape

@@ -20,7 +20,14 @@ from .config import ModelConfig
 from .decoder import Decoder
 from .families import Placement, model_config, placements
 from .families.placement import fused_rows
-from .four_bit import FourBitRows, FourBitWeight, fits_product, four_bit_rows, is_four_bit
+from .four_bit import (
+    FourBitRows,
+    FourBitWeight,
+    fits_product,
+    four_bit_rows,
+    is_four_bit,
+    packed_bytes,
+)
 from .gguf_config import PERMUTED, ROPE_FACTORS, hf_tensor_name
 from .gguf_file import TensorEntry
 from .layers import uses_four_bit
@@ -150,9 +157,29 @@ def load_four_bit(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Four
 
     Of an adapter's base, those that the adapter leaves as they are.
     """
+    source = checkpoint if checkpoint.base is None else checkpoint.base
+    theirs = config if checkpoint.base is None else model_config(source)
+    found = {}
+    for parameter, names in four_bit_tensors(checkpoint, config).items():
+        rows = [_read_four_bit(source, theirs, name) for name in names]
+        found[parameter] = FourBitWeight.of(rows)
+    return found
+
+
+def num_four_bit_bytes(checkpoint: Checkpoint, config: ModelConfig) -> int:
+    """Bytes that ``load_four_bit`` will take."""
+    shapes = parameter_shapes(config)
+    return sum(packed_bytes(*shapes[name]) for name in four_bit_tensors(checkpoint, config))
+
+
+def four_bit_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, list[str]]:
+    """By parameter: the tensors that hold its rows in 4-bit groups, where they hold all of them.
+
+    Of an adapter's base, those of parameters that the adapter leaves as they are.
+    """
     if checkpoint.base is not None:
-        stored = load_four_bit(checkpoint.base, model_config(checkpoint.base))
-        return {n: w for n, w in stored.items() if not is_changed(n, checkpoint.tensors)}
+        stored = four_bit_tensors(checkpoint.base, model_config(checkpoint.base))
+        return {n: names for n, names in stored.items() if not is_changed(n, checkpoint.tensors)}
     if checkpoint.format is not CheckpointFormat.GGUF:
         return {}
     named = {hf_tensor_name(name): name for name in checkpoint.tensors}
@@ -164,8 +191,7 @@ def load_four_bit(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Four
     for parameter, rows_and_names in parts.items():
         names = [name for _, name in sorted(rows_and_names)]
         if _is_four_bit(checkpoint, names, num_rows=shapes[parameter][0]):
-            rows = [_read_four_bit(checkpoint, config, name) for name in names]
-            found[parameter] = FourBitWeight.of(rows)
+            found[parameter] = names
     return found
 
 
