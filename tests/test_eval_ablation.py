@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsa_serve.config import EngineConfig
 from nsa_serve.errors import ConfigError
 from nsa_serve.evaluate.ablation import Ablation, ablate
+from nsa_serve.evaluate.in_process import InProcess
 from nsa_serve.models.config import NSAConfig
 from nsa_serve.models.decoder import Decoder
+from nsa_serve.models.families.nsa_serve import nsa_to_json
 from nsa_serve.models.loader import load_weights
 from tests.checkpoints import (
     CPU,
@@ -23,6 +27,7 @@ from tests.checkpoints import (
     write_checkpoint,
 )
 from tests.model_steps import PagedModel
+from tests.server_process import write_small_model
 
 BRANCHES = [Ablation.COMPRESSED, Ablation.SELECTED, Ablation.WINDOW]
 IDS = torch.randint(0, TINY_LLAMA["vocab_size"], (150,), generator=torch.Generator().manual_seed(3))
@@ -80,3 +85,23 @@ def test_what_a_model_does_not_have_can_not_be_taken_out(tmp_path: Path) -> None
     dense = decoder(write_checkpoint(tmp_path / "d", TINY_LLAMA))
     with pytest.raises(ConfigError, match="use --attention nsa"):
         ablate(dense, Ablation.SELECTION)
+
+
+def test_an_engine_is_loaded_without_the_part_and_says_so(tmp_path: Path) -> None:
+    folder = write_small_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    nsa = nsa_to_json(NSAConfig(TINY_NSA, gated=True, gate_bias=True))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "nsa_serve", "nsa": nsa})
+    )
+    flags = EngineConfig.from_flags(
+        model=str(folder), random_weights=True, device="cpu", dtype="float32",
+        kv_cache_memory_bytes=4 << 20, max_model_len=512,
+    )  # fmt: skip
+    whole = InProcess.load(flags)
+    without = InProcess.load(flags, Ablation.WINDOW)
+    assert {**whole.description, "ablation": "window"} == without.description
+    window = list(range(100))
+    found, expected = without.logprobs([window]), whole.logprobs([window])
+    assert len(found[0]) == 99
+    assert found != expected
