@@ -45,7 +45,7 @@ class CompressedTiles:
     score_heads: int = 2  # merged by one program in turn
     score_warps: int = 2
     select_blocks: int = 4096  # blocks ranked by one program
-    select_warps: int = 2
+    select_warps: int = 4
     scratch_bytes: int = 512 << 20
 
 
@@ -206,6 +206,11 @@ def _launch_scores(
     )  # fmt: skip
 
 
+def _tile_sizes(chunk: int) -> int:
+    """Powers of two from 128 to ``chunk`` blocks; 1 where that is smaller."""
+    return max(1, chunk.bit_length() - 7)
+
+
 def _launch_selection(
     batch: StepBatch,
     scratch: _Scratch,
@@ -221,7 +226,8 @@ def _launch_selection(
         batch.positions, scratch.keys, selection, scratch.chosen_keys, scratch.chosen,
         first, plan.pages,
         HKV=plan.hkv, PAGE=nsa.page, SELECTED=n, SELECTED_PAD=n_pad,
-        CHUNK=plan.chunk, CHUNKS=plan.chunks, PDL=plan.pdl, launch_pdl=plan.pdl,
+        CHUNK=plan.chunk, CHUNKS=plan.chunks, SIZES=_tile_sizes(plan.chunk),
+        PDL=plan.pdl, launch_pdl=plan.pdl,
         num_warps=tiles.select_warps,
     )  # fmt: skip
     if plan.chunks > 1:

@@ -245,14 +245,12 @@ def select_of_keys(
     SELECTED_PAD: tl.constexpr,
     CHUNK: tl.constexpr,  # blocks
     CHUNKS: tl.constexpr,
+    SIZES: tl.constexpr,  # of tiles: the chunk, its half, ...
     PDL: tl.constexpr,
 ):
     """The top n of each chunk of blocks, ascending; the selection itself where it is one chunk."""
     if PDL:
         overlap_launches()
-    # Tiles of blocks of three sizes: the chunk follows from a bound, most contexts are far shorter.
-    FEW: tl.constexpr = CHUNK if CHUNK < 128 else 128
-    SOME: tl.constexpr = CHUNK // 4 if CHUNK > 512 else FEW
     part = tl.program_id(0)
     head = tl.program_id(1)
     scratch_token = tl.program_id(2)
@@ -268,14 +266,23 @@ def select_of_keys(
         at = ((scratch_token.to(tl.int64) * HKV + head) * CHUNKS + part) * SELECTED
         to = chosen_ptr + at
         key_to = chosen_key_ptr + at
-    if (current < SELECTED) | (current < first):
-        _list_blocks(to, key_to, current + 1 - first, first, SELECTED, SELECTED_PAD, CHUNKS > 1)
-    elif current - first < FEW:
-        _rank_blocks(keys, to, key_to, first, current, SELECTED, SELECTED_PAD, FEW, CHUNKS > 1)
-    elif current - first < SOME:
-        _rank_blocks(keys, to, key_to, first, current, SELECTED, SELECTED_PAD, SOME, CHUNKS > 1)
+    reach = current - first
+    if (current < SELECTED) | (reach < 0):
+        _list_blocks(to, key_to, reach + 1, first, SELECTED, SELECTED_PAD, CHUNKS > 1)
     else:
-        _rank_blocks(keys, to, key_to, first, current, SELECTED, SELECTED_PAD, CHUNK, CHUNKS > 1)
+        # The chunk follows from a bound, and most contexts are far shorter: the smallest tile that
+        # holds what there is.
+        for halvings in tl.static_range(SIZES):
+            fits = reach < (CHUNK >> halvings)
+            if fits & ((reach >= (CHUNK >> (halvings + 1))) | (halvings == SIZES - 1)):
+                _rank_blocks(
+                    keys, to, key_to, first, current, SELECTED, SELECTED_PAD, CHUNK >> halvings,
+                    CHUNKS > 1,
+                )  # fmt: skip
+        if reach >= CHUNK:
+            _rank_blocks(
+                keys, to, key_to, first, current, SELECTED, SELECTED_PAD, CHUNK, CHUNKS > 1
+            )
 
 
 @triton.jit(do_not_specialize=["first_token"])
