@@ -60,8 +60,10 @@ class ChatShape(DataEvents):
     def __init__(
         self, services: Services, chat: ChatCompletionRequest, head: Head, prepared: PreparedTurn
     ) -> None:
+        super().__init__()
         self._texts = services.texts
         self._num_top = chat.top_logprobs or 0
+        self._wants_logprobs = bool(chat.logprobs)
         self._num_choices = chat.num_choices
         self._usage = UsageOptions.of(chat)
         self._head = head
@@ -78,6 +80,11 @@ class ChatShape(DataEvents):
         events = self._events(index, output)
         if events or output.logprobs or output.finish_reason:
             yield self._chunk(index, delta_of(events), output)
+
+    def text_chunk(self, index: int, text: str) -> replies.Chunk | None:
+        if self._wants_logprobs or self._usage.in_each or not self._parsers[index].is_plain:
+            return None
+        return self._chunk(index, replies.Delta(content=text))
 
     def _events(self, index: int, output: RequestOutput) -> list[Event]:
         parser = self._parsers[index]

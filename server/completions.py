@@ -93,6 +93,7 @@ class CompletionShape(DataEvents):
         head: Head,
         encoded: Sequence[TokenIds],
     ) -> None:
+        super().__init__()
         self._services = services
         self._asked = asked
         self._head = head
@@ -117,6 +118,14 @@ class CompletionShape(DataEvents):
             stop_reason=output.stop_reason if finish else UNSET,
         )
         yield self._with_choices([choice], self._usage_so_far(index))
+
+    def text_chunk(self, index: int, text: str) -> replies.Chunk | None:
+        if self._asked.logprobs is not None or self._usage.in_each:
+            return None
+        choice = replies.CompletionChunkChoice(
+            index=index, text=text, logprobs=None, finish_reason=None
+        )
+        return self._with_choices([choice], None)
 
     def usage_chunk(self, usages: Sequence[Usage]) -> replies.Chunk | None:
         if not self._usage.at_end:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -31,6 +32,10 @@ class Shape(Protocol):
     def chunks(self, index: int, output: RequestOutput) -> Iterator[Chunk]:
         """The chunks that one output of a choice gives."""
 
+    def events(self, index: int, output: RequestOutput) -> str:
+        """These chunks as events."""
+        return "".join(self.frame(chunk) for chunk in self.chunks(index, output))
+
     def usage_chunk(self, usages: Sequence[Usage]) -> Chunk | None:
         """The last chunk, with the usage of all choices, if it was asked for."""
 
@@ -48,10 +53,40 @@ class Shape(Protocol):
         """How a stream that has begun tells of an error."""
 
 
-class DataEvents:
+_MARK = "the text"
+_encoder = msgspec.json.Encoder()
+
+
+class TextEvent:
+    """An event in which nothing but a text changes from one token to the next, worded once."""
+
+    def __init__(self, frame: str) -> None:
+        """``frame`` is the event with ``_MARK`` for its text, the last string of its kind."""
+        self._before, _, self._after = frame.rpartition(f'"{_MARK}"')
+
+    def of(self, text: str) -> str:
+        return f"{self._before}{_encoder.encode(text).decode()}{self._after}"
+
+
+class DataEvents(Shape):
     """Events without names, an error among them, and [DONE] after the last one."""
 
     end = "data: [DONE]\n\n"
+
+    def __init__(self) -> None:
+        self._text_events: dict[int, TextEvent] = {}  # by choice, once it has begun
+
+    def text_chunk(self, index: int, text: str) -> Chunk | None:
+        """A chunk of a text in the midst; None where its chunks carry more than that."""
+        raise NotImplementedError
+
+    def events(self, index: int, output: RequestOutput) -> str:
+        known = self._text_events.get(index)
+        if known is not None and output.text and output.finish_reason is None:
+            return known.of(output.text)
+        if known is None and (chunk := self.text_chunk(index, _MARK)) is not None:
+            self._text_events[index] = TextEvent(self.frame(chunk))
+        return super().events(index, output)
 
     def frame(self, chunk: Chunk) -> str:
         return f"data: {chunk.to_json()}\n\n"
@@ -116,7 +151,7 @@ class EventStream(Response):
     def _events(self, index: int, output: RequestOutput) -> str:
         if output.usage is not None:
             self._usages[index] = output.usage
-        return "".join(self._shape.frame(chunk) for chunk in self._shape.chunks(index, output))
+        return self._shape.events(index, output)
 
     def _write_through(self, index: int, output: RequestOutput) -> bool:
         """Write an output's events without waiting; false before the start and to a slow client."""

@@ -13,6 +13,8 @@ from nsa_serve.errors import EngineDead, Overloaded
 from nsa_serve.request import EngineRequest, RequestOutput, SamplingParams
 from nsa_serve.server import replies
 from nsa_serve.server.admission import Admission
+from nsa_serve.server.chat import ChatShape
+from nsa_serve.server.completions import CompletionShape
 from nsa_serve.server.generation import Generation
 from nsa_serve.server.http_protocol import BODY_WRITER
 from nsa_serve.server.prometheus import Metrics
@@ -358,6 +360,53 @@ def test_chunks_word_a_text_as_whole_answers_do(text):
     chunk = replies.CompletionChunk("c", "text_completion", 1, "m", [choice])
     whole = replies.DetokenizeReply(prompt=text).to_json().removeprefix('{"prompt":')
     assert f'"text":{whole[:-1]},' in chunk.to_json()
+
+
+FIELDS = [
+    {}, {"n": 2}, {"stream_options": {"include_usage": True}}, {"model": "the text"},
+    {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    {"logprobs": 1}, {"echo": True}, {"nsa_trace": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_an_event_that_was_worded_once_is_what_its_chunk_says(monkeypatch, path, fields):
+    chat = path.endswith("chat/completions")
+    if chat and ("echo" in fields or "logprobs" in fields):
+        fields = {"logprobs": True, "top_logprobs": 1}
+    asked = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a"}
+
+    def ask():
+        async def scenario():
+            async with fake_server(model_names=("fake", "the text")) as server:
+                server.engine.reply = 'He said "the text" \\ é\n\x01\u2028 and left'
+                return events(await server.post(path, {**asked, **fields, "stream": True}))
+
+        return [{**chunk, "id": "", "created": 0} for chunk in asyncio.run(scenario())]
+
+    quick = ask()
+    shape = ChatShape if chat else CompletionShape
+    monkeypatch.setattr(shape, "text_chunk", lambda self, index, text: None)
+    assert quick == ask()
+
+
+def test_plain_text_is_worded_as_chunks_at_its_ends_only(monkeypatch):
+    worded = []
+    chunks = ChatShape.chunks
+
+    def counted(self, index, output):
+        worded.append(output.text)
+        return chunks(self, index, output)
+
+    async def scenario():
+        async with fake_server() as server:
+            server.engine.reply = "Hello"
+            return events(await server.chat(stream=True))
+
+    monkeypatch.setattr(ChatShape, "chunks", counted)
+    assert len(asyncio.run(scenario())) == 6
+    assert worded == ["H", "o"]
 
 
 def test_a_chunk_has_the_fields_that_were_set_and_no_others():

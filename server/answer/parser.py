@@ -29,12 +29,17 @@ class AnswerParser:
         self._trim = Trim()
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all text is content as it stands."""
+        return self._reasoning is None and self._calls is None
+
+    @property
     def num_calls(self) -> int:
         return self._calls.num_calls if self._calls else 0
 
     def feed(self, text: str) -> list[Event]:
         """The events that more text brings."""
-        if self._reasoning is None and self._calls is None:
+        if self.is_plain:
             return [Content(text)] if text else []
         split = self._reasoning.feed(text) if self._reasoning else iter((Content(text),))
         return merged(self._trimmed(self._with_calls(split)))

@@ -13,6 +13,7 @@ from .. import replies
 from ..answer.events import Event, Reasoning
 from ..errors import error_body
 from ..services import Head, Prepared, Services
+from ..stream import Shape
 from ..tools.use import tool_use
 from ..turn import PreparedTurn, Turn, prepare_turn
 from .items import messages_of
@@ -52,7 +53,7 @@ def prepare_response(services: Services, asked: ResponsesRequest) -> Prepared:
     return Prepared(prepared.requests, shape, bool(asked.stream))
 
 
-class ResponseShape:
+class ResponseShape(Shape):
     """Words the outputs of one response: its items as they grow, and how many events were sent."""
 
     def __init__(
