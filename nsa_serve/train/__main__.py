@@ -61,6 +61,9 @@ def run(
     compiled: Annotated[bool, typer.Option(help="fuse the row-wise ops")] = True,
     recompute: Annotated[bool, typer.Option(help="compute MLPs again: half the memory")] = False,
     save_seconds: float = 120.0,
+    pause_minutes: Annotated[
+        float | None, typer.Option(help="save and end after these; the same command goes on")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="none: OUT/checkpoint")] = None,
 ) -> None:
     """Train, or go on from the checkpoint; writes OUT/adapter, OUT/log.jsonl, OUT/curves.png."""
@@ -75,6 +78,7 @@ def run(
         base_model=EMBEDDED_MODEL,
         accumulate=accumulate,
         save_seconds=save_seconds,
+        pause_seconds=None if pause_minutes is None else 60 * pause_minutes,
         checkpoint=out / "checkpoint" if checkpoint is None else checkpoint,
     )
     print(json.dumps({"step_zero": step_zero(trainer, source.draw(0, 0.0))}))

@@ -33,6 +33,7 @@ class RunPlan:
     log_every: int = 10  # steps
     save_seconds: float = 120.0
     checkpoint: Path | None = None
+    pause_seconds: float | None = None  # save and end this early; another call goes on
     num_threads: int = 2  # that draw batches
 
 
@@ -74,12 +75,16 @@ class Run:
         self._resume()
         saved = self.seconds
         with closing(self._batches()) as batches:
-            while self.progress < 1:
+            while self.progress < 1 and not self._is_paused():
                 self._advance(list(islice(batches, self.plan.accumulate)))
                 if self.seconds - saved > self.plan.save_seconds:
                     self.save()
                     saved = self.seconds
         self.save()
+
+    def _is_paused(self) -> bool:
+        limit = self.plan.pause_seconds
+        return limit is not None and self.clock() - self._began >= limit
 
     def save(self) -> None:
         """Write the adapter and, where wanted, the checkpoint."""

@@ -20,10 +20,12 @@ SYSTEM = (
 )
 # What the loss takes a token for: nothing (but what a teacher says of it), text, or an answer.
 UNUSED, TEXT, ANSWER = 0, 1, 2
-_TOKENS_OF_A_TURN = 2048  # of the text, for each question about it
-_MAX_TURNS = 12
+_TOKENS_OF_A_TURN = 1024  # of the text, for each question about it
+_MAX_TURNS = 32
+_FEW_PLACES = 8  # between sentences, too few for facts
 _PASSAGE = (40, 160)  # tokens of a passage to copy
 _WITHOUT_SYSTEM = 0.2
+_LONG = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +40,20 @@ class SequenceWriter:
     """Draws sequences of a wanted length. The same ``rng`` state gives the same sequence."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, *, text_share: float = 0.35) -> None:
-        """``text_share`` of the sequences are plain text."""
+        """``text_share`` of the sequences are plain text, a third of it of the longest ones."""
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.text_share = text_share
         self._names = list(corpus.sources)
         # Square roots: large sources more often than small ones, but not in proportion.
         self._weights = [tokens.size**0.5 for tokens in corpus.sources.values()]
-        self._ends = _sentence_ends(tokenizer)
+        self._ends, self._spaced = _sentence_ends(tokenizer)
 
     def draw(self, rng: random.Random, length: int) -> TrainingSequence:
         """A sequence of exactly ``length`` tokens."""
-        if rng.random() < self.text_share:
-            return self.text(rng, length)
-        return self.chat(rng, length)
+        # A long chat is mostly text as well, and a batch holds few long sequences.
+        share = self.text_share if length <= _LONG else self.text_share / 3
+        return self.text(rng, length) if rng.random() < share else self.chat(rng, length)
 
     def text(self, rng: random.Random, length: int) -> TrainingSequence:
         """Related documents, as they stand in their source."""
@@ -120,9 +122,7 @@ class SequenceWriter:
 
     def _hide(self, rng: random.Random, text: Tokens, groups: list[list[list[int]]]) -> Tokens:
         """``text`` with each group's facts between sentences, in their order, at any depth."""
-        places = np.flatnonzero(self._ends[text]) + 1
-        if not len(places):
-            places = np.arange(1, len(text) + 1)
+        places = self._places(text)
         placed: list[tuple[int, int, list[int]]] = []
         for group in groups:
             depths = sorted(rng.random() for _ in group)
@@ -134,6 +134,15 @@ class SequenceWriter:
             pieces += [text[before:at], np.array(fact, np.uint16)]
             before = at
         return np.concatenate([*pieces, text[before:]])
+
+    def _places(self, text: Tokens) -> NDArray[np.int64]:
+        """Where a sentence may be put in: after one and before the next, or else at line ends."""
+        ends = self._ends[text]
+        between = np.flatnonzero(ends[:-1] & self._spaced[text[1:]]) + 1
+        if len(between) >= _FEW_PLACES:
+            return between
+        places = np.flatnonzero(ends) + 1
+        return places if len(places) else np.arange(1, len(text) + 1)
 
     def _turn(self, turn: Turn, *, first: bool) -> tuple[list[int], NDArray[np.int8]]:
         asked = self._encode(("\n\n" if first else _USER) + turn.question + _ASSISTANT)
@@ -151,13 +160,13 @@ _USER = "<|im_start|>user\n"
 _ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
-def _sentence_ends(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """Of every token id, whether a sentence or a paragraph ends with it."""
+def _sentence_ends(tokenizer: Tokenizer) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of every token id: whether a sentence or a line ends with it; whether it begins a word."""
     ends = (".", "!", "?", '."', ".)", "\n", "\n\n")
     texts = [tokenizer.token_text(token) for token in range(tokenizer.vocab_size)]
     table = np.array([text.endswith(ends) and text.strip(" ") != "" for text in texts])
     table[END_OF_TEXT] = False
-    return table
+    return table, np.array([text.startswith(" ") for text in texts])
 
 
 def lengths_of(rng: random.Random, longest: int, total: int, page: int) -> list[int]:
