@@ -17,6 +17,7 @@ class FakeShelf:
     def __init__(self, draw: random.Random, page_size: int) -> None:
         self.draw, self.page_size = draw, page_size
         self.pages: dict[bytes, list] = {}
+        self.read: dict[bytes, list] = {}
         self.at_hand: Counter[bytes] = Counter()
         self.under_way: list[tuple[int, list[bytes]]] = []
         self.num_fetches = self.num_bad = self.num_saved = self.num_loaded = 0
@@ -42,6 +43,7 @@ class FakeShelf:
                 self.num_bad += 1
                 self.pages.pop(digest, None)
                 break
+            self.read[digest] = self.pages[digest]
             found.append((digest, self.pages[digest]))
         self.at_hand.update(digest for digest, _ in found)
         return [digest for digest, _ in found]
@@ -58,10 +60,10 @@ class FakeShelf:
         self.pages[page.digest] = [written[place] for place in slots]
         self.num_saved += 1
 
-    def load(self, written, page, content):
+    def load(self, written, page):
         assert self.at_hand[page.digest] > 0, "a page arrives that nobody has fetched"
         self.discard([page.digest])
-        for offset, entry in enumerate(content):
+        for offset, entry in enumerate(self.read[page.digest]):
             written[page.slot, offset] = entry
         self.num_loaded += 1
 
@@ -70,8 +72,6 @@ class _Saves:
     """What a runner does with a plan's pages, before and after it moves others."""
 
     def run(self, plan):
-        # What was fetched was read then, whatever the shelf has now.
-        self.contents = {**getattr(self, "contents", {}), **self.shelf.pages}
         if any(page.slot >= SPACE for page in plan.departing):
             self.settle()
         for page in plan.departing:
@@ -83,7 +83,7 @@ class _Saves:
 
     def load_arriving(self):
         for page in self.arriving:
-            self.shelf.load(self.written, page, self.contents[page.digest])
+            self.shelf.load(self.written, page)
 
 
 class ShelvedRunner(_Saves, FakeRunner):
@@ -195,3 +195,30 @@ def test_random_loads_keep_every_text_with_pages_that_come_and_go(kind, depth):
         totals.update(saved=shelf.num_saved, loaded=shelf.num_loaded, bad=shelf.num_bad)
         totals.update(fetches=shelf.num_fetches)
     assert min(totals.values()) > 8, totals
+
+
+@pytest.mark.parametrize("when", ["read", "under way"])
+def test_what_is_being_read_at_a_reset_is_computed(when):
+    draw = random.Random(0)
+    shelf = FakeShelf(draw, 4)
+    house = OneTier(shelf, page_size=4, max_model_len=64)
+    prompt = [1 + i % 7 for i in range(33)]
+    house.add("first", prompt, max_tokens=2)
+    house.drain()
+    for i in range(4):  # push it out
+        house.add(f"other{i}", [20 + i] * 40, max_tokens=2)
+        house.drain()
+    house.add("again", prompt, max_tokens=2)
+    assert house.scheduler.awaits_pages
+    if when == "read":
+        digests = [digest for _, fetch in shelf.under_way for digest in fetch]
+        shelf.read.update((digest, shelf.pages[digest]) for digest in digests)
+        shelf.at_hand.update(digests)
+        ended = iter([[(1, digests)]])
+        shelf.take_fetched = lambda: next(ended, [])
+    house.scheduler.reset_prefix_cache()
+    before = house.runner.num_computed_tokens
+    house.drain()
+    assert house.runner.num_computed_tokens - before >= len(prompt)
+    assert shelf.num_loaded == 0
+    assert not +shelf.at_hand

@@ -314,7 +314,7 @@ class CacheManager:
                 near = self._near_pages(table, table.first_near)
                 pins.update(table.block_ids[page] for page in near)
         if self.shelving is not None:
-            pins.update(self.shelving.arriving)
+            pins.update(list(self.shelving.arriving))
         self.residence.check_pins(pins)
         for block_id in range(self.num_blocks):
             self._check_block(block_id, holders[block_id])

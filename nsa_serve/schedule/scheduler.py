@@ -143,6 +143,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Forget all shared content. Requests that run go on, but publish nothing more."""
+        self._roster.reads.forget()
         self._roster.queue.wake(self._cache.reset())
 
     def schedule(self, now: float) -> StepPlan | None:

@@ -13,6 +13,7 @@ class ShelfReads:
         self._cache = cache
         self._shelf = None if cache.shelving is None else cache.shelving.shelf
         self._open: dict[int, Request] = {}  # by the number of the fetch
+        self._void: set[int] = set()  # fetches of what has been forgotten since
 
     def __len__(self) -> int:
         return len(self._open)
@@ -34,12 +35,19 @@ class ShelfReads:
         ended = []
         for number, digests in self._shelf.take_fetched():
             request = self._open.pop(number)
-            if request.status is RequestStatus.FINISHED:
-                self._shelf.discard(digests)
-            else:
+            is_live = request.status is not RequestStatus.FINISHED
+            if is_live and number not in self._void:
                 self._cache.restore(request, digests)
+            else:
+                self._shelf.discard(digests)
+                self._void.discard(number)
+            if is_live:
                 ended.append(request)
         return ended
+
+    def forget(self) -> None:
+        """What is being read is wanted no more; who waits for it computes it."""
+        self._void.update(self._open)
 
     def rest(self) -> None:
         """Wait a moment: nothing can run before a read ends."""
