@@ -296,7 +296,8 @@ def main() -> None:
     )
     parser.add_argument("--result", type=Path, default=Path("bench-results/soak.json"))
     asked = parser.parse_args()
-    flags = ["--max-num-seqs", "64", "--kv-cache-memory-bytes", "256M"]
+    # A cache so small that all of its memory has been touched by the end of the warm-up.
+    flags = ["--max-num-seqs", "64", "--kv-cache-memory-bytes", "64M"]
     rate = asked.mock_engine
     flags += ["--mock-engine", str(rate)] if rate else ["--attention", "nsa"]
     with (
