@@ -128,3 +128,22 @@ def test_text_is_the_same_with_the_tier_under_constant_spilling(flags):
     same = sum(a.token_ids == b.token_ids for a, b in zip(found, expected, strict=True))
     # Without --deterministic sums are ordered otherwise where steps differ, and text with them.
     assert same == len(prompts) if flags else same > len(prompts) // 2
+
+
+def test_prefixes_come_back_from_a_disk(tmp_path):
+    prompts = conversations(12, 4000)
+    sampling = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    base = {
+        "device": "cuda", "attention": "nsa", "max_num_batched_tokens": 1024, "max_num_seqs": 4,
+        "max_model_len": 4096, "deterministic": True, "kv_cache_memory_bytes": 150 << 20,
+        "kv_disk_dir": str(tmp_path),
+    }  # fmt: skip
+    llm = LLM(**base)
+    expected = llm.generate(prompts, sampling)
+    llm._engine._runner.disk.close()
+    assert llm._engine.stats().disk.written_bytes > 0
+    again = LLM(**base)
+    found = again.generate(prompts[:4], sampling)
+    assert [a.token_ids for a in found] == [b.token_ids for b in expected[:4]]
+    assert again._engine.stats().disk.read_bytes > 0
+    again._engine._runner.disk.close()

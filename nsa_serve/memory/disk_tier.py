@@ -188,10 +188,12 @@ class DiskTier:
     def _place(self, page: PageAt, content: bytes) -> None:
         pool = self._pool
         values = torch.frombuffer(bytearray(content), dtype=pool.layout.dtype)
+        if pool.device.type == "cuda":
+            values = values.pin_memory()  # else the copy waits for the steps before it
         num_raw = pool.layout.slot_elements
-        pool.pages[page.slot].copy_(values[:num_raw])
+        pool.pages[page.slot].copy_(values[:num_raw], non_blocking=True)
         entries = pool.entries[:, page.block_id]
-        entries.copy_(values[num_raw:].view_as(entries))
+        entries.copy_(values[num_raw:].view_as(entries), non_blocking=True)
 
 
 def _mark() -> torch.cuda.Event:
