@@ -87,7 +87,7 @@ def test_decode_sums_the_oracles_branches_by_gates_of_any_stride(
 def test_a_smaller_scratch_decodes_to_the_same_bytes() -> None:
     case = decode_step(*CASES[0])
     whole = compressed_attention(case.q, case.compressed, case.batch, nsa=case.nsa)
-    tiles = replace(TILES, scratch_bytes=1, max_programs=1, select_blocks=16)
+    tiles = replace(TILES, scratch_bytes=1, programs=1, select_blocks=16)
     passes = decode_compressed_attention(
         case.q, case.compressed, case.batch, nsa=case.nsa, tiles=tiles
     )

@@ -3,7 +3,7 @@
 Three launches. The first attends every split of the visible compressed entries (``decode_splits``).
 The second scores blocks and merges the splits, the third takes the top n (``decode_selection``).
 
-Splits follow from a row's context alone, so a row's bytes do not depend on its neighbours. How many
+Splits follow from a row's context alone, so a row's bytes do not depend on its neighbours. Which
 splits one program takes in turn follows from the whole batch and changes no byte. The grid is sized
 by host-side bounds: a captured graph serves any context up to them.
 """
@@ -35,10 +35,7 @@ class CompressedTiles:
     warps: int = 4
     stages: int = 2
     query_rows: int = 64  # tokens x heads of one program, where a row has several tokens
-    # A program's start costs as much as a tile or two, so it takes neighbouring splits, up to 8,
-    # as long as this many programs are left: two waves of two on each of 132 multiprocessors.
-    programs: int = 512
-    max_programs: int = 2048  # beyond these a program takes several runs of splits in turn
+    programs: int = 264  # two on each of an H200's multiprocessors; they share all splits evenly
     score_blocks: int = 64  # blocks scored by one program in turn
     score_programs: int = 1024  # aimed at: several share a token's blocks and its heads
     score_parts: int = 16  # at most so many
@@ -156,7 +153,7 @@ def _launch_splits(
     tokens = min(batch.max_query_len, max(1, tiles.query_rows // plan.group))
     across = plan.hkv * triton.cdiv(batch.max_query_len, tokens)
     dk_pad, dv_pad = triton.next_power_of_2(dk), triton.next_power_of_2(plan.dv)
-    programs = min(batch.num_rows * plan.splits, max(1, tiles.max_programs // across))
+    programs = min(batch.num_rows * plan.splits, max(1, tiles.programs // across))
     tile_bytes = plan.entries * (dk_pad + dv_pad) * k.element_size()
     attend_splits[across, programs](
         q, k, v, batch.positions, batch.cu_seqlens_q, batch.context_lens, batch.block_table,
@@ -169,7 +166,7 @@ def _launch_splits(
         SINGLE=batch.max_query_len == 1,
         LEN=nsa.compress_len, STRIDE=nsa.compress_stride, PAGE=nsa.page, SELECTED=nsa.num_selected,
         ENTRIES=plan.entries, MIN_SPLIT=tiles.min_split,
-        SPREAD=tiles.spread, SPLITS=plan.splits, PROGRAMS=tiles.programs,
+        SPREAD=tiles.spread, SPLITS=plan.splits,
         BATCH=max(32, triton.next_power_of_2(batch.num_rows)), WITH_OUTPUT=with_output,
         ALIKE=k.stride() == v.stride(), PDL=plan.pdl, launch_pdl=plan.pdl,
         num_warps=tiles.warps,

@@ -27,7 +27,7 @@ class SparseTiles:
     """Sizes of the decode kernel: ``shares`` fixes how a token's pages are divided."""
 
     shares: int = 8
-    programs: int = 256  # a program takes several shares as long as this many programs are left
+    programs: int = 264  # at a time: two on each of an H200's multiprocessors
     warps: int = 4
     stages: int = 3
     merge_warps: int = 4
@@ -38,13 +38,17 @@ TILES = SparseTiles()
 
 
 def _shares_taken(tokens: int, num_kv_heads: int, tiles: SparseTiles) -> int:
-    """Shares of one program: a power of two, so that ``tiles.programs`` are left, if there are."""
-    taken = 1
-    while (
-        taken < tiles.shares and tokens * num_kv_heads * tiles.shares >= 2 * taken * tiles.programs
-    ):
-        taken *= 2
-    return taken
+    """Shares of one program, a power of two: the fewest turns until all shares are done.
+
+    A program's start costs about as much as a share.
+    """
+    choices = [1 << i for i in range(tiles.shares.bit_length())]
+    shares = tokens * num_kv_heads * tiles.shares
+
+    def turns(taken: int) -> int:
+        return triton.cdiv(shares // taken, tiles.programs) * (taken + 1)
+
+    return min(choices, key=turns)
 
 
 def _check(q: Tensor, kv: PagedKV, selection: Tensor, batch: StepBatch, nsa: NSAShape) -> None:

@@ -1,10 +1,10 @@
 """First half of decode's compressed attention: every split of a context's entries, attended.
 
-A program takes neighbouring splits of one row and KV head in turn. Of each split it leaves the
-(maximum, sum, accumulator) of its softmax, and of each page what the page's entries give to their
-own block and to the one before it, relative to a maximum that holds for a tile of pages. What
-bounds the loop is how fast instructions issue, not arithmetic: so there are no masks on loads, no
-logarithms, and one sum over pages serves both the softmax and the scores.
+A program takes neighbouring splits of one KV head in turn, through as many rows. Of each split it
+leaves the (maximum, sum, accumulator) of its softmax, and of each page what the page's entries give
+to their own block and to the one before it, relative to a maximum that holds for a tile of pages.
+What bounds the loop is how fast instructions issue, not arithmetic: so there are no masks on loads,
+no logarithms, and one sum over pages serves both the softmax and the scores.
 """
 
 from __future__ import annotations
@@ -23,21 +23,19 @@ def num_entry_slots(context, LEN: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _runs_of_rows(
+def _splits_of_rows(
     cu_seqlens_ptr,
     context_lens_ptr,
     num_rows,
     first_token,
     last_token,
-    HKV: tl.constexpr,
     LEN: tl.constexpr,
     STRIDE: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     SPREAD: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """(runs of splits of each row [BATCH], splits of one run): runs grow with the whole batch."""
+    """Splits of each row [BATCH]; 0 for rows without a token among those asked for."""
     every = tl.arange(0, BATCH)
     begins = tl.load(cu_seqlens_ptr + every, mask=every < num_rows, other=0)
     ends = tl.load(cu_seqlens_ptr + every + 1, mask=every < num_rows, other=0)
@@ -45,11 +43,7 @@ def _runs_of_rows(
     slots = num_entry_slots(contexts, LEN, STRIDE)
     splits = tl.cdiv(slots, size_of_split(slots, MIN_SPLIT, SPREAD))
     here = (begins < ends) & (ends > first_token) & (begins < last_token)
-    splits = tl.where(here, splits, 0)
-    run = 1
-    for _ in tl.static_range(3):
-        run = tl.where(tl.sum(splits, 0) * HKV >= 2 * run * PROGRAMS, 2 * run, run)
-    return tl.cdiv(splits, run), run
+    return tl.where(here, splits, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_token", "last_token"])
@@ -98,7 +92,6 @@ def attend_splits(
     MIN_SPLIT: tl.constexpr,
     SPREAD: tl.constexpr,
     SPLITS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     BATCH: tl.constexpr,  # rows, padded
     WITH_OUTPUT: tl.constexpr,
     ALIKE: tl.constexpr,  # keys and values have the same strides
@@ -113,31 +106,38 @@ def attend_splits(
     # Heads vary fastest: neighbouring programs read neighbouring runs of the same blocks.
     head = tl.program_id(0) % HKV
     token_tile = tl.program_id(0) // HKV
-    # The runs that exist are numbered through all rows: a bound far above them costs nothing.
-    runs, run = _runs_of_rows(
+    # The splits that exist are numbered through all rows and divided evenly among the programs: a
+    # bound far above them costs nothing, and no program is left to finish alone.
+    splits = _splits_of_rows(
         cu_seqlens_ptr, context_lens_ptr, num_rows, first_token, last_token,
-        HKV, LEN, STRIDE, MIN_SPLIT, SPREAD, PROGRAMS, BATCH,
+        LEN, STRIDE, MIN_SPLIT, SPREAD, BATCH,
     )  # fmt: skip
-    numbered = tl.cumsum(runs, 0)  # runs of the rows up to each
+    numbered = tl.cumsum(splits, 0)  # splits of the rows up to each
     every = tl.arange(0, BATCH)
+    all_splits = tl.sum(splits, 0)
+    first_split = tl.program_id(1) * all_splits // tl.num_programs(1)
+    last_split = (tl.program_id(1) + 1) * all_splits // tl.num_programs(1)
+    first_row = tl.sum((numbered <= first_split).to(tl.int32), 0)
+    last_row = tl.sum((numbered < last_split).to(tl.int32), 0)
+    last_row = tl.where(first_split < last_split, last_row, first_row - 1)
     rows = tl.arange(0, ROWS)
     dk = tl.arange(0, DK_PAD)
     dv = tl.arange(0, DV_PAD)
     slot_in_page = tl.arange(0, PER_PAGE)
     prev_weight = tl.maximum(OVERLAP - 1 - slot_in_page, 0).to(tl.float32)
-    for item in range(tl.program_id(1), tl.sum(runs, 0), tl.num_programs(1)):
-        row = tl.sum((numbered <= item).to(tl.int32), 0)
-        place = item - tl.sum(tl.where(every < row, runs, 0), 0)
+    for step in range(last_row - first_row + 1):
+        row = first_row + step
+        before = tl.sum(tl.where(every < row, splits, 0), 0)
         row_first = tl.load(cu_seqlens_ptr + row)
         row_last = tl.load(cu_seqlens_ptr + row + 1)
         num_slots = num_entry_slots(tl.load(context_lens_ptr + row), LEN, STRIDE)
         size = size_of_split(num_slots, MIN_SPLIT, SPREAD)
-        begin = place * run * size
-        end = tl.minimum(begin + run * size, num_slots)
+        begin = tl.maximum(first_split - before, 0) * size
+        end = tl.minimum((last_split - before) * size, num_slots)
         tokens = row_first + token_tile * TOKENS + rows // GROUP
         live = (rows < TOKENS * GROUP) & (tokens < row_last)
         live &= (tokens >= first_token) & (tokens < last_token)
-        if tl.sum(live.to(tl.int32), 0) > 0:
+        if (begin < end) & (tl.sum(live.to(tl.int32), 0) > 0):
             heads = head * GROUP + rows % GROUP
             position = tl.load(positions_ptr + tokens, mask=live, other=-1).to(tl.int32)
             last_slot = num_entry_slots(position + 1, LEN, STRIDE)  # [ROWS]
