@@ -123,10 +123,10 @@ def latency(
             points.append(point)
     show_table(
         f"engine, shape {shape}, {bench.parts.description.attention}",
-        ("", "requests", "context", "ms", "spread", "floor", "× floor", "tokens/s"),
+        ("", "requests", "context", "ms", "p99", "spread", "floor", "× floor", "tokens/s"),
         [
-            (p.what, p.num_requests, p.context_len, p.timing.median, p.timing.spread, p.floor,
-             p.timing.median / p.floor, p.record()["tokens_per_s"])
+            (p.what, p.num_requests, p.context_len, p.timing.median, p.p99, p.timing.spread,
+             p.floor, p.timing.median / p.floor, p.record()["tokens_per_s"])
             for p in points
         ],
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,18 +21,22 @@ DECODE_CASES = (
 )  # fmt: skip
 WARMUP_STEPS = 8
 STEPS = 48
+# A conversation whose cached context grows by a turn: (cached tokens, new tokens), and how often.
+TURN = (65536, 512)
+NUM_TURNS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
     """One measured case of the engine."""
 
-    what: str  # ttft or decode
+    what: str  # ttft, turn or decode
     num_requests: int
     context_len: int
     timing: Timing  # ms: to the first token, or of a step
     floor: float  # ms
     peak_bytes: int  # of the device, torch's high-water mark
+    p99: float | None = None  # ms, where there are samples enough
 
     def record(self) -> dict[str, Any]:
         return {
@@ -43,9 +48,12 @@ class Point:
             "achieved_over_floor": self.timing.median / self.floor,
             "tokens_per_s": self._tokens() / self.timing.median * 1e3,
             "peak_bytes": self.peak_bytes,
+            "p99_ms": self.p99,
         }
 
     def _tokens(self) -> int:
+        if self.what == "turn":
+            return TURN[1]
         return self.num_requests * (self.context_len if self.what == "ttft" else 1)
 
 
@@ -61,6 +69,23 @@ def time_to_first_token(bench: BenchEngine, length: int, repeats: int, floor: fl
         bench.finish()
         bench.parts.scheduler.reset_prefix_cache()
     return Point("ttft", 1, length, summarise(samples[1:], 1), floor, _peak())
+
+
+def new_turns(bench: BenchEngine, cached: int, new: int, turns: int, floor: float) -> Point:
+    """TTFT of ``new`` tokens behind ``cached`` ones that the prefix cache holds."""
+    prompt = bench.prompt(cached, seed=cached)
+    bench.pretend_cached(prompt)
+    samples = []
+    for i in range(turns + 1):
+        turn = prompt + bench.prompt(new, seed=cached + 1 + i)
+        start = time.perf_counter()
+        bench.add(f"turn-{i}", turn, max_tokens=1)
+        bench.run_until_first_tokens()
+        samples.append(1e3 * (time.perf_counter() - start))
+        bench.finish()
+    bench.parts.scheduler.reset_prefix_cache()
+    p99 = sorted(samples[1:])[math.ceil(0.99 * turns) - 1]
+    return Point("turn", 1, cached, summarise(samples[1:], 1), floor, _peak(), p99)
 
 
 def decode_steps(bench: BenchEngine, num_requests: int, context: int, floor: float) -> Point:
@@ -105,6 +130,10 @@ def measure(
         if length <= limit:
             floor = prefill_floor(model, length, ceilings)
             yield time_to_first_token(bench, length, repeats, floor)
+    cached, new = TURN
+    if cached + new <= limit and cached + (NUM_TURNS + 2) * (new + worker.page) <= room:
+        floor = turn_floor(model, worker.num_weight_bytes, new, ceilings)
+        yield new_turns(bench, cached, new, NUM_TURNS, floor)
     for num_requests, context in decode:
         pages = -(-(context + WARMUP_STEPS + STEPS + 8) // worker.page) + 1
         if context <= limit and num_requests * pages * worker.page <= room:
@@ -133,6 +162,12 @@ def prefill_floor(model: ModelConfig, length: int, ceilings: Ceilings) -> float:
     else:
         flops += model.num_layers * cost.prefill(model, model.nsa.shape, length)["layer"].flops
     return 1e3 * flops / ceilings.flops_per_s
+
+
+def turn_floor(model: ModelConfig, weight_bytes: int, new: int, ceilings: Ceilings) -> float:
+    """ms: linear layers of the new tokens at the measured matrix rate, or the weights read once."""
+    products = new * linear_flops_per_token(model) / ceilings.flops_per_s
+    return 1e3 * max(products, weight_bytes / ceilings.bytes_per_s)
 
 
 def decode_floor(
