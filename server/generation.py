@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -187,17 +188,16 @@ class Generation:
             self._recent.observe(self._requests[index], output)
 
     async def _pump(self, index: int, request: EngineRequest) -> None:
-        outputs = self._engine.submit(request, partial(self._offer, index))
         try:
-            async for output in outputs:
-                self._put(_failure(output) or (index, output))
-                while len(self._queued) >= MAX_QUEUED:
-                    self._taken.clear()
-                    await self._taken.wait()
+            submitted = self._engine.submit(request, partial(self._offer, index))
+            async with contextlib.aclosing(submitted) as outputs:
+                async for output in outputs:
+                    self._put(_failure(output) or (index, output))
+                    while len(self._queued) >= MAX_QUEUED:
+                        self._taken.clear()
+                        await self._taken.wait()
         except Exception as error:
             self._put(error)
-        finally:
-            await outputs.aclose()
 
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -239,10 +239,10 @@ def test_what_the_engine_is_too_busy_for_is_asked_again(run):
         submit = server.engine.submit
         refusals = iter(range(2))
 
-        async def busy(request):
+        async def busy(request, sink=None):
             if next(refusals, None) is not None:
                 raise Overloaded("full", retry_after=0)
-            async for output in submit(request):
+            async for output in submit(request, sink):
                 yield output
 
         server.engine.submit = busy
@@ -258,13 +258,13 @@ def test_no_more_lines_are_open_than_wanted(run):
     def watch(server):
         submit = server.engine.submit
 
-        async def counted(request):
+        async def counted(request, sink=None):
             nonlocal num_open, most
             num_open += 1
             most = max(most, num_open)
             # Each waits for two others, so that three must be open at once.
             await together.wait()
-            async for output in submit(request):
+            async for output in submit(request, sink):
                 yield output
             num_open -= 1
 
