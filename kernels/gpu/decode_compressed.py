@@ -39,7 +39,7 @@ class CompressedTiles:
     score_blocks: int = 64  # blocks scored by one program in turn
     score_programs: int = 1024  # aimed at: several share a token's blocks and its heads
     score_parts: int = 16  # at most so many
-    score_heads: int = 2  # merged by one program in turn
+    score_heads: int = 2  # merged by one program in turn; how many fixes the order of sums
     score_warps: int = 2
     select_blocks: int = 4096  # blocks ranked by one program
     select_warps: int = 4
@@ -196,7 +196,7 @@ def _launch_scores(
         SELECTED=nsa.num_selected, INITIAL=nsa.num_initial, LOCAL=nsa.num_local,
         MIN_SPLIT=tiles.min_split, SPREAD=tiles.spread, SPLITS=plan.splits,
         SPLITS_PAD=triton.next_power_of_2(plan.splits), GROUP_PAD=group_pad,
-        HEADS=min(tiles.score_heads, max(1, group_pad // parts)), CHUNK=tiles.score_blocks,
+        HEADS=min(tiles.score_heads, group_pad), CHUNK=tiles.score_blocks,
         PAGES=plan.tile_pages, SINGLE=batch.max_query_len == 1,
         WITH_OUTPUT=out is not None, PDL=plan.pdl, launch_pdl=plan.pdl,
         num_warps=tiles.score_warps,
