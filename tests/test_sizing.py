@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+from nsa_serve.bench import report
 from nsa_serve.bench.engine_run import shape_folder
 from nsa_serve.bench.plan_cli import parse_tokens
 from nsa_serve.bench.sizing import Sizing
@@ -176,8 +178,13 @@ def test_weights_that_a_cpu_keeps_in_4_bits_are_counted_beside_the_others(tmp_pa
     assert planned.resident_bytes >= planned.weight_bytes + planned.four_bit_bytes
 
 
+@pytest.fixture(autouse=True)
+def wide_tables(monkeypatch):
+    monkeypatch.setattr(report, "console", Console(width=160))
+
+
 def plan(*arguments, code=0):
-    result = CliRunner().invoke(cli.app, ["plan", *arguments], env={"COLUMNS": "160"})
+    result = CliRunner().invoke(cli.app, ["plan", *arguments])
     assert result.exit_code == code, result.output
     return result
 
