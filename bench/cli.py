@@ -17,6 +17,7 @@ _COMMANDS = {
     "sweep": ("load.cli", "Find the rate at which a server saturates or breaks its limits."),
     "kernels": ("engine_cli", "One layer's kernels against torch SDPA, on this GPU."),
     "latency": ("engine_cli", "Time to first token and decode steps of a whole engine."),
+    "timeline": ("engine_cli", "What the GPU does in a decode step, and how busy it is."),
     "throughput": ("engine_cli", "Tokens per second of many requests at once, offline."),
 }
 

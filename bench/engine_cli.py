@@ -1,8 +1,9 @@
-"""``nsa-serve bench kernels | latency | throughput``: tables, JSON and plots."""
+"""``nsa-serve bench kernels | latency | timeline | throughput``: tables, JSON and plots."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 
 from . import latency as engine_latency
 from . import throughput as engine_throughput
+from . import timeline as engine_timeline
 from .engine_run import BenchEngine
 from .measure import Ceilings, environment, measure_ceilings
 from .report import console, save_json, save_plot, show_table
@@ -108,8 +110,17 @@ def latency(
         int | None, typer.Option(help="Tokens of a step: the size of a prefill chunk.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Prompts timed for each TTFT.")] = 3,
+    ttft: Annotated[
+        list[int] | None, typer.Option(help="Prompt lengths; repeatable. Default 8k to 256k.")
+    ] = None,
+    decode: Annotated[
+        list[str] | None,
+        typer.Option(help="Decode steps, as REQUESTSxCONTEXT (8x65536); repeatable."),
+    ] = None,
 ) -> None:
     """Time to first token and decode steps of a whole engine, random weights, by context."""
+    lengths = tuple(ttft or engine_latency.TTFT_LENGTHS)
+    cases = tuple(parse_case(case) for case in decode or ()) or engine_latency.DECODE_CASES
     bench = BenchEngine.start(
         shape, attention=attention, device=device, kv_cache_memory_bytes=kv_cache_memory_bytes,
         max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens,
@@ -118,7 +129,9 @@ def latency(
     ceilings = _ceilings()
     points = []
     with console.status("measuring") as status:
-        for point in engine_latency.measure(bench, ceilings, repeats=repeats):
+        for point in engine_latency.measure(
+            bench, ceilings, ttft=lengths, decode=cases, repeats=repeats
+        ):
             status.update(f"{point.what}, {point.num_requests} × {point.context_len}")
             points.append(point)
     show_table(
@@ -133,10 +146,66 @@ def latency(
     record = {**_conditions(ceilings), **_engine_conditions(shape, bench)}
     name = f"latency_{Path(shape).name}_{bench.parts.description.attention}"
     save_json(result_dir / f"{name}.json", {**record, "points": [p.record() for p in points]})
-    ttft = [(p.context_len, p.timing.median) for p in points if p.what == "ttft"]
-    floor = [(p.context_len, p.floor) for p in points if p.what == "ttft"]
-    if ttft:
-        save_plot(result_dir / f"{name}.png", f"TTFT, {shape}", "ms", {"TTFT": ttft}, floor)
+    _plot_points(result_dir, name, points)
+
+
+def _plot_points(result_dir: Path, name: str, points: Sequence[engine_latency.Point]) -> None:
+    """Two plots over context: time to the first token, and a step by how many requests decode."""
+    prefill = [p for p in points if p.what == "ttft"]
+    if prefill:
+        line = [(p.context_len, p.timing.median) for p in prefill]
+        floor = [(p.context_len, p.floor) for p in prefill]
+        save_plot(result_dir / f"{name}.png", "Time to first token", "ms", {"TTFT": line}, floor)
+    steps: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for point in sorted(points, key=lambda p: p.context_len):
+        if point.what == "decode":
+            steps[f"{point.num_requests} requests"].append((point.context_len, point.timing.median))
+    if steps:
+        save_plot(result_dir / f"{name}_decode.png", "Decode step", "ms", steps)
+
+
+def parse_case(text: str) -> tuple[int, int]:
+    """(requests, context) of ``8x65536``. Raises ``typer.BadParameter`` for anything else."""
+    parts = text.split("x")
+    if len(parts) == 2 and all(part.isdecimal() and int(part) > 0 for part in parts):
+        return int(parts[0]), int(parts[1])
+    raise typer.BadParameter(f"{text!r} is not REQUESTSxCONTEXT, such as 8x65536")
+
+
+@app.command()
+def timeline(
+    shape: ShapeOption = "8b",
+    attention: AttentionOption = "auto",
+    result_dir: DirOption = RESULTS,
+    case: Annotated[
+        list[str] | None, typer.Option(help="REQUESTSxCONTEXT, such as 8x65536; repeatable.")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest context served.")] = None,
+    trace: Annotated[
+        bool, typer.Option(help="Save the profiles too, for chrome://tracing or Perfetto.")
+    ] = False,
+) -> None:
+    """How busy the GPU is in decode steps, and with what: a profile of the running engine."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("bench timeline needs a CUDA GPU, and torch finds none")
+    cases = [parse_case(text) for text in case or ("1x1024", "40x65536", "256x1024")]
+    bench = BenchEngine.start(
+        shape, attention=attention, device="cuda", max_model_len=max_model_len
+    )
+    bench.fill_caches()
+    found = []
+    for num_requests, context in cases:
+        name = f"timeline_{Path(shape).name}_{num_requests}x{context}.json.gz"
+        path = result_dir / name if trace else None
+        steps = engine_timeline.record_steps(bench, num_requests, context, path)
+        show_table(
+            f"{num_requests} × {context}: {steps.busy_ms:.2f} of {steps.step_ms:.2f} ms busy",
+            ("kernel", "ms a step"),
+            list(steps.by_kernel.items()),
+        )
+        found.append(steps.record())
+    record = {**_conditions(None), **_engine_conditions(shape, bench)}
+    save_json(result_dir / f"timeline_{Path(shape).name}.json", {**record, "timelines": found})
 
 
 @app.command()

@@ -115,7 +115,8 @@ def test_libraries_stay_in_their_rooms(room: str, path: Path) -> None:
 KERNEL_ROOMS = ("reference", "gpu", "training")
 
 
-@pytest.mark.parametrize("room", KERNEL_ROOMS)
+# An id of "gpu" alone would read as the marker.
+@pytest.mark.parametrize("room", KERNEL_ROOMS, ids="kernels/{}".format)
 def test_kernels_of_training_and_serving_meet_in_dispatch(room: str) -> None:
     foreign = {"reference": {"gpu", "training"}, "gpu": {"training"}, "training": {"gpu"}}[room]
     for path in sorted((ROOT / "kernels" / room).rglob("*.py")):
