@@ -17,6 +17,7 @@ from .families.placement import fused_rows
 from .four_bit import FourBitWeight
 from .freed_memory import keep_freed_memory
 from .layers import activation_dtype, build_linear
+from .product_cache import bound_product_caches
 from .rope import Rotary, build_rotary
 from .step import StepInputs
 from .weight_stream import WeightStream
@@ -119,6 +120,7 @@ class Decoder:
         self.deterministic = deterministic
         if self.device.type == "cpu":
             keep_freed_memory()
+            bound_product_caches()
         self.norm = weights.pop("norm")
         head_name = "lm_head" if "lm_head" in weights else "embed"
         self.lm_head = build_linear(
