@@ -103,6 +103,13 @@ class Generation:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
             self._admission.leave(self)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop what leads back here, or all of a request would wait for a full collection."""
+        self._tasks.clear()
+        self.write_through = None
+        del self._receive
 
     async def arrivals(self, timeout: float | None = None) -> list[Arrival]:
         """All outputs that have come; waits for the first, and gives [] after ``timeout`` seconds

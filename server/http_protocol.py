@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from http import HTTPStatus
 from typing import Any
 
@@ -24,7 +25,8 @@ class BodyWriter:
     """
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        # It lives as long as the request, and its scope holds this.
+        self._cycle = weakref.proxy(cycle)
 
     @property
     def ready(self) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import httpx
@@ -22,7 +22,9 @@ from nsa_serve.request import (
     TokenTrace,
     Usage,
 )
+from nsa_serve.server import serve as serve_room
 from nsa_serve.server.app import create_app
+from nsa_serve.server.flags import ServeFlags
 from nsa_serve.server.output_stream import Sink
 from nsa_serve.server.settings import ServerSettings
 from nsa_serve.stats import CacheMap, EngineStats, StatsSnapshot, TierReport
@@ -253,6 +255,22 @@ async def fake_server(
             yield Server(engine, client, app)
     finally:
         app.state.services.workers.close()
+
+
+@asynccontextmanager
+async def listening(flags: ServeFlags) -> AsyncIterator[int]:
+    """The port of a server with these flags over the fake engine, on a socket."""
+    async with fake_server() as fake:
+        config = serve_room._uvicorn_config(fake.client._transport.app, flags)
+        server = serve_room._Uvicorn(config)
+        with closing(serve_room._bind(flags)) as listener:
+            task = asyncio.create_task(server.serve([listener]))
+            await server.listening.wait()
+            try:
+                yield listener.getsockname()[1]
+            finally:
+                server.should_exit = True
+                await task
 
 
 def events(response: httpx.Response) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
 
 import httpx
@@ -12,7 +11,7 @@ import pytest
 from nsa_serve.errors import ConfigError
 from nsa_serve.server import serve as serve_room
 from nsa_serve.server.flags import ServeFlags
-from tests.server_fakes import fake_server
+from tests.server_fakes import listening
 
 # Of nobody, for 127.0.0.1, valid from 2020 to 2120.
 KEY = """\
@@ -43,22 +42,6 @@ def files(tmp_path):
     for path, text in zip(paths, (CERTIFICATE, KEY), strict=True):
         path.write_text(text)
     return paths
-
-
-@contextlib.asynccontextmanager
-async def listening(flags):
-    """The port of a server with these flags over an engine without a model."""
-    async with fake_server() as fake:
-        config = serve_room._uvicorn_config(fake.client._transport.app, flags)
-        server = serve_room._Uvicorn(config)
-        with contextlib.closing(serve_room._bind(flags)) as listener:
-            task = asyncio.create_task(server.serve([listener]))
-            await server.listening.wait()
-            try:
-                yield listener.getsockname()[1]
-            finally:
-                server.should_exit = True
-                await task
 
 
 def test_who_speaks_tls_is_answered_and_who_does_not_is_not(files):
