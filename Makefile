@@ -14,7 +14,7 @@ serve: $(VENV)/.serve
 test: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu

@@ -23,7 +23,12 @@ def test_rms_norm_rounds_as_llama_does(dtype: torch.dtype) -> None:
     with torch.no_grad():
         theirs.weight.copy_(torch.rand(96))
     x = torch.randn(7, 96).to(dtype)
-    assert torch.equal(reference.rms_norm(x, theirs.weight.detach(), eps=1e-5), theirs(x))
+    ours, expected = reference.rms_norm(x, theirs.weight.detach(), eps=1e-5), theirs(x)
+    # Sums in another order move a row's scale by a rounding of fp32, and so a value at a border by
+    # one of its type. Weights multiplied on before the rounding would move a quarter of them.
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, expected, rtol=2 * step, atol=0)
+    assert (ours == expected).float().mean() > 0.98
 
 
 @given(st.integers(1, 5), st.integers(1, 130), st.sampled_from([1e-3, 1.0, 1e4]))
