@@ -127,6 +127,23 @@ class BenchEngine:
         while not all(self.outputs.values()):
             self.step()
 
+    def start_decodes(self, num_requests: int, context: int, max_tokens: int) -> None:
+        """Requests of ``context`` cached tokens, until each has given its first."""
+        for i in range(num_requests):
+            prompt = self.prompt(context, seed=context + i)
+            self.pretend_cached(prompt)
+            self.add(f"decode-{i}", prompt, max_tokens)
+        self.run_until_first_tokens()
+
+    def timed_steps(self, num_steps: int) -> list[float]:
+        """Milliseconds from the end of one step to that of the next: the engine overlaps steps."""
+        samples, last = [], time.perf_counter()
+        for _ in range(num_steps):
+            self.step()
+            samples.append(1e3 * ((now := time.perf_counter()) - last))
+            last = now
+        return samples
+
     def finish(self) -> None:
         """Step until nothing is left, and forget the outputs."""
         while self.engine.has_work:

@@ -89,24 +89,9 @@ def new_turns(bench: BenchEngine, cached: int, new: int, turns: int, floor: floa
 
 
 def decode_steps(bench: BenchEngine, num_requests: int, context: int, floor: float) -> Point:
-    """Steps of ``num_requests`` requests at ``context`` tokens each, one token a request.
-
-    The engine overlaps steps, so a step's time is the gap between the ends of two steps.
-    """
-    tokens = WARMUP_STEPS + STEPS + 4
-    for i in range(num_requests):
-        prompt = bench.prompt(context, seed=context + i)
-        bench.pretend_cached(prompt)
-        bench.add(f"decode-{i}", prompt, max_tokens=tokens)
-    bench.run_until_first_tokens()
-    samples = []
-    last = time.perf_counter()
-    for i in range(WARMUP_STEPS + STEPS):
-        bench.step()
-        now = time.perf_counter()
-        if i >= WARMUP_STEPS:
-            samples.append(1e3 * (now - last))
-        last = now
+    """Steps of ``num_requests`` requests at ``context`` tokens each, one token a request."""
+    bench.start_decodes(num_requests, context, WARMUP_STEPS + STEPS + 4)
+    samples = bench.timed_steps(WARMUP_STEPS + STEPS)[WARMUP_STEPS:]
     bench.finish()
     bench.parts.scheduler.reset_prefix_cache()
     return Point("decode", num_requests, context, summarise(samples, WARMUP_STEPS), floor, _peak())

@@ -87,16 +87,6 @@ def open_streams(bench: BenchEngine, num_streams: int, context: int, max_tokens:
     bench.run_until_first_tokens()
 
 
-def timed_steps(bench: BenchEngine, num_steps: int) -> list[float]:
-    """Milliseconds from the end of one step to that of the next."""
-    samples, last = [], time.perf_counter()
-    for _ in range(num_steps):
-        bench.step()
-        samples.append(1e3 * ((now := time.perf_counter()) - last))
-        last = now
-    return samples
-
-
 def measure_point(
     bench: BenchEngine,
     kept: float,
@@ -108,9 +98,9 @@ def measure_point(
     resident_ms: float | None,
 ) -> Point:
     """Steps of streams that are open already."""
-    timed_steps(bench, _WARMUP)
+    bench.timed_steps(_WARMUP)
     before = _tier(bench)
-    samples = timed_steps(bench, steps)
+    samples = bench.timed_steps(steps)
     after = _tier(bench)
     layout = bench.parts.worker.layout
     piece = layout.bytes_per_slot // (layout.num_layers * layout.num_kv_heads)

@@ -12,9 +12,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .engine_run import BenchEngine
+from .latency import WARMUP_STEPS
 
 STEPS = 16
-WARMUP_STEPS = 8
 _MOST_KERNELS = 20
 
 
@@ -59,11 +59,7 @@ def record_steps(
 
     ``trace``: where the whole profile goes, for a trace viewer (chrome://tracing, Perfetto).
     """
-    for i in range(num_requests):
-        prompt = bench.prompt(context, seed=context + i)
-        bench.pretend_cached(prompt)
-        bench.add(f"decode-{i}", prompt, max_tokens=WARMUP_STEPS + STEPS + 4)
-    bench.run_until_first_tokens()
+    bench.start_decodes(num_requests, context, WARMUP_STEPS + STEPS + 4)
     for _ in range(WARMUP_STEPS):
         bench.step()
     torch.cuda.synchronize()

@@ -60,8 +60,9 @@ def overlaps_launches(tokens: int, device: torch.device) -> bool:
 
     Few tokens are bound by latency. With many, programs that wait take room from those that work.
     """
-    on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return on_gpu and tokens <= _FEW_TOKENS
+    if tokens > _FEW_TOKENS or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
