@@ -21,13 +21,13 @@ import yaml
 from typer.testing import CliRunner
 
 from nsa_serve.bench.load import cli as load_cli
+from nsa_serve.config import NSA_MODEL as MODEL
 from nsa_serve.server import cli
 from tests.doc_blocks import ROOT, Block, blocks, named_commands, words
 from tests.scripted_api import Answer, ScriptedAPI
 from tests.server_process import running, write_small_model
 from tests.virtual_time import run_virtually
 
-MODEL = "smollm2-135m-instruct"
 SHELL = tuple(blocks("bash", "console"))
 PYTHON = tuple(blocks("python"))
 RUN = [block for block in SHELL if block.reason is None]
