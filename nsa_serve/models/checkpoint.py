@@ -103,7 +103,7 @@ def resolve(source: ModelSource) -> Checkpoint:
     path, sha256 = _locate(source)
     tokenizer = _tokenizer_folder(source)
     if (path / ADAPTER).is_file():
-        return _open_adapter(path, tokenizer)
+        return open_adapter(path, tokenizer=tokenizer)
     if path.is_dir():
         return _open_folder(path, tokenizer, allow_no_weights=source.random_weights)
     if path.suffix == ".gguf":
@@ -206,12 +206,18 @@ def _open_folder(path: Path, tokenizer: Path | None, *, allow_no_weights: bool) 
     )
 
 
-def _open_adapter(folder: Path, tokenizer: Path | None) -> Checkpoint:
-    """An adapter's folder: adapter.json, and the safetensors files that it names."""
+def open_adapter(
+    folder: Path, *, tokenizer: Path | None = None, base_file: Path | None = None
+) -> Checkpoint:
+    """An adapter's folder: adapter.json, and the safetensors files that it names.
+
+    ``base_file`` stands in for the base that it names, whose digest it must have. Raises
+    ``CheckpointError`` in one line with the file and the key.
+    """
     file = folder / ADAPTER
     table = read_json(file)
     _check_adapter(file, table)
-    base = _adapter_base(file, table["base"])
+    base = _adapter_base(file, table["base"], base_file)
     ends = {key: base.config.get(key) for key in ("bos_token_id", "eos_token_id")}
     return replace(
         base,
@@ -239,7 +245,7 @@ def _check_adapter(file: Path, table: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{file}: {key} is not supported")
 
 
-def _adapter_base(file: Path, table: Mapping[str, Any]) -> Checkpoint:
+def _adapter_base(file: Path, table: Mapping[str, Any], given: Path | None) -> Checkpoint:
     """The model that an adapter is merged into: one GGUF file, known by its digest."""
     model, sha256 = str(table.get("model")), table.get("sha256")
     if not isinstance(sha256, str) or len(sha256) != 64:
@@ -249,6 +255,8 @@ def _adapter_base(file: Path, table: Mapping[str, Any]) -> Checkpoint:
             f"{file}: base.sha256 is {sha256}, that of {EMBEDDED_MODEL} is {EMBEDDED_SHA256}: "
             "the adapter was made for another release of it"
         )
+    if given is not None:
+        return _open_gguf(given, None, sha256)
     # A path is relative to the adapter, so that both can be moved together.
     path = _embedded_file() if model == EMBEDDED_MODEL else file.parent / Path(model).expanduser()
     if path.suffix != ".gguf" or not path.is_file():

@@ -137,8 +137,24 @@ def _load_merged(
     progress: Progress | None,
 ) -> dict[str, Tensor]:
     """An adapter and its base, merged."""
-    base_config, shapes = model_config(base), parameter_shapes(config)
-    check_base(config, base_config, checkpoint.config_file)
+    given = load_adapter(checkpoint, config, device=device)
+    weights = load_weights(
+        base, model_config(base), device=device, dtype=torch.float32, progress=progress
+    )
+    return merge(config, weights, given, checkpoint.low_rank, parameter_shapes(config), dtype)
+
+
+def load_adapter(
+    checkpoint: Checkpoint, config: ModelConfig, *, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors of an adapter as they are stored, by name.
+
+    Raises ``CheckpointError``, naming file and key, where it does not fit its base or the model
+    ``config`` that it makes of it.
+    """
+    assert checkpoint.base is not None
+    check_base(config, model_config(checkpoint.base), checkpoint.config_file)
+    shapes = parameter_shapes(config)
     expected = adapter_shapes(config, checkpoint.low_rank, shapes, checkpoint.tensors)
     for name, entry in checkpoint.tensors.items():
         if name not in expected:
@@ -147,9 +163,7 @@ def _load_merged(
         if name not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.path}: {name} is missing")
         _check_entry(checkpoint, name, checkpoint.tensors[name], shape)
-    weights = load_weights(base, base_config, device=device, dtype=torch.float32, progress=progress)
-    given = dict(read_tensors(checkpoint, config, list(expected), device))
-    return merge(config, weights, given, checkpoint.low_rank, shapes, dtype)
+    return dict(read_tensors(checkpoint, config, list(expected), device))
 
 
 def load_four_bit(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, FourBitWeight]:

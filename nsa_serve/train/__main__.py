@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +16,14 @@ from ..models.checkpoint import resolve
 from ..tokenizer import read_source
 from .batches import BatchPlan
 from .build_corpus import build_corpus
-from .grow import CONTEXT, Growth, build_source, build_trainer
+from .grow import CONTEXT, Growth, build_source, build_trainer, open_base
 from .loop import Run, RunPlan
 from .plot import plot_run
 from .schedule import Budget
 from .smoke import smoke
 from .step_zero import step_zero
 from .trainer import LossWeights, Rates, Trainer
+from .warm_start import warm_start
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Model = Annotated[str, typer.Option(help="a dense checkpoint; a path to a .gguf also serves")]
@@ -55,7 +55,15 @@ def run(
     theta: Annotated[float | None, typer.Option(help="raised rope theta; none: yarn")] = None,
     batch_tokens: Annotated[int, typer.Option(help="tokens of a micro-batch")] = 65_536,
     accumulate: Annotated[int, typer.Option(help="micro-batches of a step")] = 1,
-    rate: Annotated[float, typer.Option(help="top learning rate of LoRA")] = Rates().lora,
+    rate: Annotated[
+        float, typer.Option(help="top learning rate of LoRA; those of φ and the gates follow")
+    ] = Rates().lora,
+    adapter: Annotated[
+        Path | None, typer.Option(help="a folder with adapter.json whose weights to start from")
+    ] = None,
+    from_progress: Annotated[
+        float, typer.Option(min=0, max=0.999, help="skip this share of the growth of lengths")
+    ] = 0.0,
     seed: int = 0,
     device: str = "auto",
     compiled: Annotated[bool, typer.Option(help="fuse the row-wise ops")] = True,
@@ -70,7 +78,8 @@ def run(
     if steps is None and minutes is None:
         raise ConfigError("give --minutes or --steps, or the run has no end")
     growth = Growth(model=model, context=context, theta=theta, seed=seed)
-    trainer = _trainer(growth, device, replace(Rates(), lora=rate), compiled, recompute)
+    trainer = _trainer(growth, device, Rates.scaled(rate), compiled, recompute)
+    earlier = () if adapter is None else warm_start(trainer.adapter, adapter, open_base(growth)[0])
     source = build_source(growth, corpus, BatchPlan(num_tokens=batch_tokens), trainer)
     plan = RunPlan(
         out=out,
@@ -80,8 +89,11 @@ def run(
         save_seconds=save_seconds,
         pause_seconds=None if pause_minutes is None else 60 * pause_minutes,
         checkpoint=out / "checkpoint" if checkpoint is None else checkpoint,
+        from_progress=from_progress,
+        earlier=earlier,
     )
-    print(json.dumps({"step_zero": step_zero(trainer, source.draw(0, 0.0))}))
+    if adapter is None:
+        print(json.dumps({"step_zero": step_zero(trainer, source.draw(0, 0.0))}))
     Run(trainer, source, plan).go()
     plot_run(out / "log.jsonl", out / "curves.png")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -35,6 +35,8 @@ class RunPlan:
     checkpoint: Path | None = None
     pause_seconds: float | None = None  # save and end this early; another call goes on
     num_threads: int = 2  # that draw batches
+    from_progress: float = 0.0  # where in the curriculum it starts; learning rates start anew
+    earlier: tuple[Mapping[str, Any], ...] = ()  # records of the runs it goes on from
 
 
 class Run:
@@ -92,6 +94,8 @@ class Run:
             "step": self.step, "num_tokens": self.num_tokens, "seconds": round(self.seconds, 1),
             "last": self._last_row,
         }  # fmt: skip
+        if self.plan.earlier:
+            training["earlier"] = list(self.plan.earlier)
         size = save_adapter(
             self.plan.out / "adapter", self.trainer.adapter, base=self.plan.base_model,
             training=training,
@@ -120,8 +124,9 @@ class Run:
 
     def _draw(self, index: int) -> MicroBatch:
         # The clock's progress is that of when the batch is made: a few batches early.
-        step = index // self.plan.accumulate
-        return self.source.draw(index, self.plan.budget.progress(step, self.seconds))
+        along = self.plan.budget.progress(index // self.plan.accumulate, self.seconds)
+        start = self.plan.from_progress
+        return self.source.draw(index, start + (1 - start) * along)
 
     def _advance(self, batches: list[MicroBatch]) -> None:
         on_device = [batch.to(self.trainer.device) for batch in batches]

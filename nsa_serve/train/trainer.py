@@ -41,6 +41,13 @@ class Rates:
     weight_decay: float = 0.0
     clip: float = 1.0
 
+    @classmethod
+    def scaled(cls, lora: float) -> Rates:
+        """A top rate of ``lora`` for LoRA, and the others in their usual proportion to it."""
+        usual = cls()
+        share = lora / usual.lora
+        return cls(lora=lora, phi=share * usual.phi, gate=share * usual.gate)
+
 
 @dataclass(frozen=True, slots=True)
 class StepLosses:
