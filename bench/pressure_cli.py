@@ -142,6 +142,7 @@ def measure_oversubscribed(
     prompt_len: Annotated[int, typer.Option(help="Mean of the prompts' tokens.")] = 512,
     output_len: Annotated[int, typer.Option(help="Mean of the outputs' tokens.")] = 512,
     knows: Annotated[bool, typer.Option(help="max_tokens says how long an output gets.")] = False,
+    kv_host_memory_bytes: Annotated[int, typer.Option(help="Bytes of the host tier.")] = 0,
     result_dir: DirOption = RESULTS,
 ) -> None:
     """Output tokens a second while up to three times as much is open as the cache holds.
@@ -149,7 +150,9 @@ def measure_oversubscribed(
     The simulated cache holds 80 requests.
     """
     work = Work(num_requests, prompt_len, output_len, knows)
-    conditions: dict[str, Any] = {"work": asdict(work)}
+    conditions: dict[str, Any] = {
+        "work": asdict(work), "kv_host_memory_bytes": kv_host_memory_bytes,
+    }  # fmt: skip
     found: list[Pressed] = []
     if shape is None:
         num_blocks = 80 * (prompt_len + output_len) // PAGE
@@ -164,6 +167,7 @@ def measure_oversubscribed(
             shape, device=device, kv_cache_memory_bytes=kv_cache_memory_bytes,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=2 * prompt_len + 4 * output_len, max_num_queued_reqs=num_requests,
+            kv_host_memory_bytes=kv_host_memory_bytes,
         )  # fmt: skip
         engine = TimedEngine(bench)
         conditions |= _conditions(shape, bench)
@@ -181,7 +185,8 @@ def measure_oversubscribed(
         for p in found
     ]  # fmt: skip
     show_table("throughput over a cache that is too small", columns, rows)
-    name = f"oversubscribed_{Path(shape or 'simulated').name}.json"
+    tier = "_host_tier" if kv_host_memory_bytes else ""
+    name = f"oversubscribed_{Path(shape or 'simulated').name}{tier}.json"
     save_json(result_dir / name, {**conditions, **summary(found)})
 
 

@@ -35,20 +35,18 @@ def test_text_is_the_same_with_streamed_weights(flags):
 
 def test_the_time_between_two_clocks_is_that_of_what_was_queued_between():
     total = torch.zeros(1, dtype=torch.int64, device="cuda")
-    gpu.add_clock(total, -1)
-    gpu.add_clock(total, 1)
-    torch.cuda.synchronize()
-    alone = total.item()
     a = torch.randn(4096, 4096, device="cuda")
-    a @ a
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    total.zero_()
-    start.record()
-    gpu.add_clock(total, -1)
-    for _ in range(20):
-        a @ a
-    gpu.add_clock(total, 1)
-    end.record()
-    torch.cuda.synchronize()
-    assert alone < 1_000_000
-    assert total.item() == pytest.approx(1e6 * start.elapsed_time(end), rel=0.2)
+    # The first round compiles.
+    for num_products in (1, 0, 20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        total.zero_()
+        start.record()
+        gpu.add_clock(total, -1)
+        for _ in range(num_products):
+            a @ a
+        gpu.add_clock(total, 1)
+        end.record()
+        torch.cuda.synchronize()
+        # What is queued around the clocks may take its time where others use the device.
+        assert 0 < total.item() < 1.05e6 * start.elapsed_time(end) + 1e4
+    assert total.item() > 0.8e6 * start.elapsed_time(end)
