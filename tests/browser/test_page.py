@@ -17,6 +17,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from nsa_serve.config import NSA_MODEL
 from nsa_serve.models.config import NSAConfig
 from tests.checkpoints import nsa_config_json
 from tests.server_process import ServerProcess, running, write_small_model
@@ -40,8 +41,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def url() -> Iterator[str]:
-    model = "smollm2-135m-instruct"
-    flags = (model, "--attention", "nsa", "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "8")
+    flags = (NSA_MODEL, "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "8")
     with running(*flags) as server:
         yield server.url
 
@@ -80,7 +80,7 @@ def answered(page: Page) -> None:
 
 def test_the_page_tells_what_is_loaded_and_the_chat_streams(page: Page, url: str) -> None:
     opened(page, url)
-    expect(page.locator("#model")).to_have_text("smollm2-135m-instruct")
+    expect(page.locator("#model")).to_have_text(NSA_MODEL)
     expect(page.locator("#state")).to_have_text("serving")
     lengths = page.evaluate(
         """() => { window.lengths = [];
@@ -114,7 +114,7 @@ def test_a_traced_answer_is_explored_with_the_keyboard(page: Page, url: str) -> 
     page.keyboard.press("ArrowRight")
     expect(page.locator("#trace-which")).to_contain_text("1:")
     expect(page.locator("#trace-cell")).to_contain_text("this token")
-    expect(page.locator("#gates-note")).to_contain_text("no learned gates")
+    expect(page.locator("#gates polyline")).to_have_count(3)
 
 
 def test_pointing_at_a_block_shows_its_text(page: Page, url: str) -> None:
@@ -147,6 +147,16 @@ def test_a_host_tier_is_told_of_where_there_is_one(page: Page, tmp_path: Path) -
             httpx.post(f"{server.url}/v1/completions", json=body, timeout=SECONDS)
         expect(page.locator("#host-facts")).to_contain_text(re.compile(r"there alone[1-9]"))
         expect(page.locator("#map-legend")).to_contain_text(re.compile(r"in host memory [1-9]"))
+
+
+def test_gates_that_were_never_learned_are_told_and_not_drawn(page: Page, tmp_path: Path) -> None:
+    flags = ("--attention", "nsa", "--load-format", "dummy", "--max-model-len", "128")
+    with running(str(write_small_model(tmp_path)), *flags) as server:
+        opened(page, server.url)
+        page.check("#want-trace")
+        ask(page, "What stands open?")
+        page.locator("#trace").wait_for()
+        expect(page.locator("#gates-note")).to_contain_text("no learned gates")
 
 
 def test_learned_gates_are_drawn_by_layer(page: Page, tmp_path: Path) -> None:
