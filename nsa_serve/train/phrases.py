@@ -22,6 +22,8 @@ class Phrases:
     words: tuple[str, ...]
     facts: tuple[str, ...]
     questions: tuple[str, ...]
+    only: tuple[str, ...]  # behind a question: the answer is the value alone
+    in_full: tuple[str, ...]  # behind a question: the answer is a sentence, as it is without
     several_facts: tuple[str, ...]
     several_questions: tuple[str, ...]
     assignments: tuple[str, ...]  # {name}, {value}
@@ -43,7 +45,10 @@ _TRAIN = Phrases(
         "vault combination, serial number, room number, telephone extension, security token,"
         "licence key, pass phrase, code name, lucky number, delivery code, reference number,"
         "meeting place, hiding place, call sign, account number, ticket number, signal word,"
-        "member number, badge number, invoice number, inventory number, parcel number, PIN"
+        "member number, badge number, invoice number, inventory number, parcel number, PIN,"
+        "watchword, catch phrase, opening line, door word, code sentence, order number,"
+        "tracking code, batch number, flight number, session key, file name, part number,"
+        "recovery code, radio frequency, case number, postal code, model name, docking code"
     ),
     owners=_list(
         "Paris, Berlin, Madrid, Rome, Vienna, Prague, Warsaw, Lisbon, Athens, Dublin, Oslo, Cairo,"
@@ -55,7 +60,10 @@ _TRAIN = Phrases(
         "the red bicycle, the night train, the north tower, the garden gate, the grey cat,"
         "the small museum, the first ship, the green door, the research station, the bakery,"
         "the printing office, the wooden box, the second laboratory, the fishing boat, the school,"
-        "the main server, the spare engine, the west bridge, the silver car, the town library"
+        "the main server, the spare engine, the west bridge, the silver car, the town library,"
+        "Nora, Felix, Agnes, Leon, Martha, Hugo, Iris, Conrad, Lyon, Turin, Krakow, Bergen,"
+        "Kyoto, Dallas, Accra, Porto, the harbour office, the old theatre, the upper lock,"
+        "the weather ship, the second gate, the winter camp, the coal depot, the post room"
     ),
     words=_list(
         "amber, falcon, river, candle, marble, copper, willow, thunder, saffron, lantern, meadow,"
@@ -67,7 +75,7 @@ _TRAIN = Phrases(
         "tiger, valley, wagon, canyon, button, barrel, castle, donkey, engine, fossil, goblet"
     ),
     facts=(
-        "The {key} is {value}.",
+        "The {key} is now {value}.",
         "Remember that the {key} is {value}.",
         "One thing to keep in mind: the {key} is {value}.",
         "It was noted in the margin that the {key} is {value}.",
@@ -79,10 +87,17 @@ _TRAIN = Phrases(
         "Nobody but the two of us knows that the {key} is {value}.",
         "The {key} has been changed to {value}.",
         "Since last week the {key} has been {value}.",
+        "As the {key} they use {value}.",
+        "The clerk wrote {value} next to the words: {key}.",
+        "{key}: {value}.",
     ),
     questions=(
-        "What is the {key}?",
+        "What's the {key}?",
         "Tell me the {key}.",
+        "Could you give me the {key}?",
+        "Which is the {key}, going by the text?",
+        "The {key}, please.",
+        "What does the text say the {key} is?",
         "What was the {key} that the text mentions?",
         "Which value is given for the {key}?",
         "Find the {key} in the text above.",
@@ -92,6 +107,13 @@ _TRAIN = Phrases(
         "Somewhere in the text the {key} is stated. What is it?",
         "Do you remember the {key}?",
     ),
+    only=(
+        "Give the value alone.",
+        "Reply with nothing but the value.",
+        "Only the value, please.",
+        "No other words than the value.",
+    ),
+    in_full=("Answer in a whole sentence.", "Use a full sentence.", "Say it in one sentence."),
     several_facts=(
         "One {key} is {value}.",
         "Another {key} that may be used is {value}.",
@@ -155,6 +177,8 @@ _HELD_OUT = Phrases(
         "Can you tell me what the {key} is?",
         "According to the text, what is the {key}?",
     ),
+    only=("Answer with the value only.",),
+    in_full=(),
     several_facts=("One of the values of the {key} is {value}.",),
     several_questions=("What are all the values of the {key} in the text?",),
     assignments=("VAR {name} = {value}.",),

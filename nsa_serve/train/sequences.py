@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from ..tokenizer import Tokenizer
 from .corpus import END_OF_TEXT, Corpus, Tokens
-from .tasks import Exercise, Turn, long_copy, lookup, multi_key, multi_value, needle
+from .tasks import (
+    Exercise,
+    Turn,
+    long_copy,
+    lookup,
+    multi_key,
+    multi_value,
+    needle,
+    needle_among_alike,
+)
 from .tasks import variable_tracking as variables
 
 SYSTEM = (
@@ -21,11 +30,14 @@ SYSTEM = (
 # What the loss takes a token for: nothing (but what a teacher says of it), text, or an answer.
 UNUSED, TEXT, ANSWER = 0, 1, 2
 _TOKENS_OF_A_TURN = 1024  # of the text, for each question about it
-_MAX_TURNS = 32
+_MAX_TURNS = 48
+_MAX_ALIKE = 8
 _FEW_PLACES = 8  # between sentences, too few for facts
 _PASSAGE = (40, 160)  # tokens of a passage to copy
 _WITHOUT_SYSTEM = 0.2
 _LONG = 16_384
+# Facts of long sequences: so many lie in this part of the text, far from the questions.
+_FAR_SHARE, _FAR = 0.6, (0.03, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +92,30 @@ class SequenceWriter:
         )
 
     def _exercises(self, rng: random.Random, length: int) -> list[Exercise]:
-        wanted = min(_MAX_TURNS, 1 + rng.randrange(1 + length // _TOKENS_OF_A_TURN))
+        most = min(_MAX_TURNS, 1 + length // _TOKENS_OF_A_TURN)
+        least = most // 3 if length > _LONG else 1
+        wanted = rng.randint(least, most)
         found: list[Exercise] = []
+        told: set[str] = set()
         while sum(len(exercise.turns) for exercise in found) < wanted:
-            found.append(self._exercise(rng, length))
+            exercise = self._exercise(rng, length)
+            if told.isdisjoint(exercise.keys):
+                found.append(exercise)
+                told |= exercise.keys
         return found
 
     def _exercise(self, rng: random.Random, length: int) -> Exercise:
-        many = 2 if length < 2048 else rng.randrange(2, 9)
+        many = 2 if length < 2048 else rng.randint(2, _MAX_ALIKE)
         kind = rng.random()
-        if kind < 0.40:
+        if kind < 0.25:
             return needle(rng)
-        if kind < 0.65:
+        if kind < 0.50:
+            return needle_among_alike(rng, num_alike=many - 1)
+        if kind < 0.68:
             return multi_key(rng, num_keys=many, num_questions=1 + rng.randrange(2))
-        if kind < 0.75:
+        if kind < 0.78:
             return multi_value(rng, num_values=rng.randrange(2, 5))
-        if kind < 0.83:
+        if kind < 0.86:
             return variables(rng, num_hops=rng.randrange(2, 5), num_chains=rng.randrange(1, 4))
         if kind < 0.92 and length >= 2048:
             return long_copy(rng, passages=[self._passage(rng) for _ in range(rng.randrange(1, 4))])
@@ -125,7 +145,7 @@ class SequenceWriter:
         places = self._places(text)
         placed: list[tuple[int, int, list[int]]] = []
         for group in groups:
-            depths = sorted(rng.random() for _ in group)
+            depths = sorted(_depth(rng, len(text)) for _ in group)
             for depth, fact in zip(depths, group, strict=True):
                 at = int(places[min(int(depth * len(places)), len(places) - 1)])
                 placed.append((at, len(placed), fact))
@@ -154,6 +174,13 @@ class SequenceWriter:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special=False)
+
+
+def _depth(rng: random.Random, length: int) -> float:
+    """Where in a text of ``length`` tokens a fact stands, 0 … 1."""
+    if length > _LONG and rng.random() < _FAR_SHARE:
+        return rng.uniform(*_FAR)
+    return rng.random()
 
 
 _USER = "<|im_start|>user\n"

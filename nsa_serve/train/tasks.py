@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .phrases import PHRASES, Phrases, Split
+from .values import VALUES, draw_value, look_alike
 
 __all__ = [
     *("KINDS", "Exercise", "Record", "Split", "Turn", "long_copy", "lookup", "multi_key"),
-    *("multi_value", "needle", "variable_tracking"),
+    *("multi_value", "needle", "needle_among_alike", "variable_tracking"),
 ]
 
-_ONLY = " Answer with the value only."
+_SHORT, _IN_FULL = 0.25, 0.2  # of the questions ask for the value alone, for a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,16 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Exercise:
-    """``facts`` are sentences to be put into a text, in this order; ``turns`` ask about them."""
+    """``facts`` are sentences to be put into a text, in this order; ``turns`` ask about them.
+
+    ``keys`` are what the facts tell of: a text has room for one exercise with each, or its question
+    would have two answers.
+    """
 
     kind: str
     facts: tuple[str, ...]
     turns: tuple[Turn, ...]
+    keys: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +57,27 @@ class Record:
 def needle(rng: random.Random, split: Split = Split.TRAIN) -> Exercise:
     """One fact, one question."""
     phrases = PHRASES[split]
-    key, value = _key(rng, phrases), draw_value(rng, phrases)
+    key, value = _key(rng, phrases), draw_value(rng, phrases, split)
     fact = rng.choice(phrases.facts).format(key=key, value=value)
-    return Exercise("needle", (fact,), (_turn(rng, phrases, key, value),))
+    return Exercise("needle", (fact,), (_turn(rng, phrases, key, value),), frozenset([key]))
+
+
+def needle_among_alike(
+    rng: random.Random, split: Split = Split.TRAIN, *, num_alike: int = 3
+) -> Exercise:
+    """One fact is asked for; the others share its wording, its noun or owner, its value's form."""
+    phrases = PHRASES[split]
+    draw, wording = rng.choice(VALUES[split]), rng.choice(phrases.facts)
+    noun, owner, value = rng.choice(phrases.nouns), rng.choice(phrases.owners), draw(rng, phrases)
+    nouns = [other for other in phrases.nouns if other != noun]
+    owners = [other for other in phrases.owners if other != owner]
+    keys = [f"{other} of {owner}" for other in rng.sample(nouns, num_alike // 2)]
+    keys += [f"{noun} of {other}" for other in rng.sample(owners, num_alike - num_alike // 2)]
+    facts = [wording.format(key=key, value=look_alike(rng, phrases, value, draw)) for key in keys]
+    key = f"{noun} of {owner}"
+    facts.insert(rng.randrange(num_alike + 1), wording.format(key=key, value=value))
+    turn = _turn(rng, phrases, key, value)
+    return Exercise("needle_among_alike", tuple(facts), (turn,), frozenset([key, *keys]))
 
 
 def multi_key(
@@ -62,25 +86,26 @@ def multi_key(
     """Facts of one wording about several owners; each question asks for one of them."""
     phrases = PHRASES[split]
     noun, wording = rng.choice(phrases.nouns), rng.choice(phrases.facts)
-    draw = rng.choice(_VALUES)
+    draw = rng.choice(VALUES[split])
     owners = rng.sample(phrases.owners, min(num_keys, len(phrases.owners)))
     pairs = [(f"{noun} of {owner}", draw(rng, phrases)) for owner in owners]
     facts = tuple(wording.format(key=key, value=value) for key, value in pairs)
     asked = rng.sample(pairs, min(num_questions, len(pairs)))
-    return Exercise("multi_key", facts, tuple(_turn(rng, phrases, *pair) for pair in asked))
+    turns = tuple(_turn(rng, phrases, *pair) for pair in asked)
+    return Exercise("multi_key", facts, turns, frozenset(key for key, _ in pairs))
 
 
 def multi_value(rng: random.Random, split: Split = Split.TRAIN, *, num_values: int = 3) -> Exercise:
     """Several values of one key, all asked for at once."""
     phrases = PHRASES[split]
-    key, draw = _key(rng, phrases), rng.choice(_VALUES)
+    key, draw = _key(rng, phrases), rng.choice(VALUES[split])
     values = tuple(dict.fromkeys(draw(rng, phrases) for _ in range(num_values)))
     facts = tuple(
         rng.choice(phrases.several_facts).format(key=key, value=value) for value in values
     )
     question = rng.choice(phrases.several_questions).format(key=key)
     answer = f"The values are {_joined(values)}."
-    return Exercise("multi_value", facts, (Turn(question, answer, values),))
+    return Exercise("multi_value", facts, (Turn(question, answer, values),), frozenset([key]))
 
 
 def variable_tracking(
@@ -95,7 +120,8 @@ def variable_tracking(
     question = rng.choice(phrases.variable_questions).format(value=values[0])
     answer = f"{_joined(chains[0])}."
     turn = Turn(question, answer, tuple(chains[0]))
-    return Exercise("variable_tracking", tuple(_interleaved(rng, lines)), (turn,))
+    facts = tuple(_interleaved(rng, lines))
+    return Exercise("variable_tracking", facts, (turn,), frozenset(names))
 
 
 def long_copy(
@@ -110,7 +136,7 @@ def long_copy(
     asked = rng.randrange(len(passages))
     question = rng.choice(phrases.passage_questions).format(label=labels[asked])
     turn = Turn(question, passages[asked], (passages[asked],))
-    return Exercise("long_copy", facts, (turn,))
+    return Exercise("long_copy", facts, (turn,), frozenset(labels))
 
 
 def lookup(rng: random.Random, records: Sequence[Record], *, num_questions: int = 1) -> Exercise:
@@ -122,47 +148,12 @@ def lookup(rng: random.Random, records: Sequence[Record], *, num_questions: int 
 
 KINDS: dict[str, Callable[..., Exercise]] = {
     "needle": needle,
+    "needle_among_alike": needle_among_alike,
     "multi_key": multi_key,
     "multi_value": multi_value,
     "variable_tracking": variable_tracking,
     "long_copy": long_copy,
 }
-
-
-def draw_value(rng: random.Random, phrases: Phrases) -> str:
-    """A number of 4-8 digits, a word, two words, a city or person, or a hexadecimal id."""
-    return rng.choice(_VALUES)(rng, phrases)
-
-
-def _number(rng: random.Random, phrases: Phrases) -> str:
-    digits = rng.choice((4, 5, 6, 7, 7, 7, 8))
-    return str(rng.randrange(10 ** (digits - 1), 10**digits))
-
-
-def _word(rng: random.Random, phrases: Phrases) -> str:
-    return rng.choice(phrases.words)
-
-
-def _two_words(rng: random.Random, phrases: Phrases) -> str:
-    return "-".join(rng.sample(phrases.words, 2))
-
-
-def _name(rng: random.Random, phrases: Phrases) -> str:
-    return rng.choice([owner for owner in phrases.owners if not owner.startswith("the ")])
-
-
-def _uuid(rng: random.Random, phrases: Phrases) -> str:
-    digits = f"{rng.getrandbits(128):032x}"
-    if rng.random() < 0.5:
-        return digits[:8]
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-
-
-# Numbers most often: they can be guessed from nothing else.
-_VALUES: tuple[Callable[[random.Random, Phrases], str], ...] = (
-    *(_number, _number, _number, _number),
-    *(_word, _two_words, _name, _uuid),
-)
 
 
 def _key(rng: random.Random, phrases: Phrases) -> str:
@@ -171,8 +162,13 @@ def _key(rng: random.Random, phrases: Phrases) -> str:
 
 def _turn(rng: random.Random, phrases: Phrases, key: str, value: str) -> Turn:
     question = rng.choice(phrases.questions).format(key=key)
-    if rng.random() < 0.25:
-        return Turn(question + _ONLY, value, (value,))
+    # One draw for the form and the wording.
+    share = rng.random()
+    if share < _SHORT:
+        only = phrases.only[int(share / _SHORT * len(phrases.only))]
+        return Turn(f"{question} {only}", value, (value,))
+    if share > 1 - _IN_FULL and phrases.in_full:
+        question += f" {phrases.in_full[int((1 - share) / _IN_FULL * len(phrases.in_full))]}"
     return Turn(question, f"The {key} is {value}.", (value,))
 
 
