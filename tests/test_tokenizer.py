@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,32 @@ def test_encoding_from_many_threads_gives_the_same_ids(tokenizer: Tokenizer) -> 
     expected = [tokenizer.encode(text) for text in texts]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(tokenizer.encode, texts)) == expected
+
+
+def test_texts_encoded_together_have_the_ids_that_each_has_alone(tokenizer: Tokenizer) -> None:
+    for add_special in (True, False):
+        alone = [tokenizer.encode(text, add_special=add_special) for text in TEXTS]
+        assert tokenizer.encode_batch(TEXTS, add_special=add_special) == alone
+    with pytest.raises(InvalidParameter, match="surrogate"):
+        tokenizer.encode_batch(["fine", "a\ud800b"])
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    text = "".join(f"{i} men and {i % 7} horses. " for i in range(20_000))
+
+    def encode() -> float:
+        start = time.perf_counter()
+        tokenizer.encode(text)
+        return time.perf_counter() - start
+
+    with ThreadPoolExecutor(1) as pool:
+        last, longest = time.perf_counter(), 0.0
+        encoding = pool.submit(encode)
+        while not encoding.done():
+            now = time.perf_counter()
+            last, longest = now, max(longest, now - last)
+        longest = max(longest, time.perf_counter() - last)
+    assert longest < 0.7 * encoding.result()
 
 
 def test_lone_surrogates_and_impossible_ids_are_the_clients_fault(tokenizer: Tokenizer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..config import EngineConfig
@@ -58,15 +57,13 @@ class InProcess:
         return self._llm.tokenizer.encode(text, add_special=False)
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        return [len(self.encode(text)) for text in texts]
+        return [len(ids) for ids in self._llm.tokenizer.encode_batch(texts, add_special=False)]
 
     def count_chat(self, text: str) -> int:
-        return len(self._encode_chat(text))
+        return len(self._encode_chats([text])[0])
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        # Long prompts take longer to encode than some models to read.
-        with ThreadPoolExecutor() as pool:
-            prompts = list(pool.map(lambda q: self._encode_chat(q.text), questions))
+        prompts = self._encode_chats([question.text for question in questions])
         sampling = [SamplingParams(temperature=0.0, max_tokens=q.max_tokens) for q in questions]
         results = self._llm.generate(prompts, sampling)
         return [Answer(_checked(r).text, r.usage.prompt_tokens) for r in results]
@@ -82,8 +79,11 @@ class InProcess:
             found.append([entry.logprob for entry in entries if entry is not None])
         return found
 
-    def _encode_chat(self, text: str) -> list[int]:
-        return self._llm.tokenizer.encode_chat([{"role": "user", "content": text}])
+    def _encode_chats(self, texts: Sequence[str]) -> list[list[int]]:
+        tokenizer = self._llm.tokenizer
+        chats = [tokenizer.apply_chat_template([{"role": "user", "content": x}]) for x in texts]
+        # All at once: long prompts take longer to encode than some models to read.
+        return tokenizer.encode_batch(chats, add_special=False)
 
 
 def _checked(result: RequestResult) -> RequestResult:
