@@ -194,6 +194,22 @@ def test_sequences_packed_together_have_the_gradients_of_each_alone() -> None:
         assert_near([grad[span] for grad in together], found, 1e-13)
 
 
+@interpreted
+@pytest.mark.parametrize("backend", ["reference", "gpu"], ids="kernels/{}".format)
+def test_padding_touches_nothing_in_a_sequence_shorter_than_an_entry(backend: str) -> None:
+    heads, length = Heads(num_q=2, num_kv=1, dim_k=16, dim_v=16), SMALL.compress_len - 3
+    case = make_packed(heads, SMALL, [16, 16], torch.float32)
+    kept = case.batch.positions < length
+    with dispatch.use(backend), poisoned_memory():
+        out = nsa_attention(*case.leaves, case.batch, nsa=SMALL, compressor=Compressor())[kept]
+        found = torch.autograd.grad(out, case.leaves, case.d_out[kept])
+    ones = [torch.ones(1, SMALL.compress_len)] * 2
+    starts = case.batch.cu_seqlens.tolist()[:-1]
+    wanted = torch.cat([oracle_nsa(case, slice(at, at + length), *ones) for at in starts])
+    assert_near([out], [wanted], 1e-6)
+    assert_near(found, torch.autograd.grad(wanted, case.leaves, case.d_out[kept]), 1e-5)
+
+
 @pytest.mark.parametrize("left", [{b} for b in Branch] + [set(Branch) - {b} for b in Branch])
 def test_a_left_out_branch_is_one_with_a_gate_of_0(left) -> None:
     case = make_packed(Heads(num_q=4, num_kv=2, dim_k=8, dim_v=8), SMALL, [64], torch.float64)
@@ -277,6 +293,46 @@ def test_triton_gradients_of_one_branch_are_those_of_the_twin(branch: Branch) ->
     exact = case.to(torch.float64)
     wanted = gradients(sparse_of(exact, frozenset({branch})), exact, exact.leaves[:3])
     assert_near(found, wanted, 1e-6)
+
+
+@interpreted
+def test_pages_are_listed_once_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_serve.kernels.gpu import page_union, query_backward, sparse_pass, sparse_training
+
+    listed = []
+
+    def unite_pages(*args, **options):
+        listed.append(options["tile_tokens"])
+        return page_union.unite_pages(*args, **options)
+
+    for module in (query_backward, sparse_pass, sparse_training):
+        monkeypatch.setattr(module, "unite_pages", unite_pages)
+    case = make_packed(CASES[0][0], SPARSE, [48], torch.float32)
+    with dispatch.use("gpu"):
+        gradients(sparse_of(case, frozenset({Branch.SELECTED})), case, case.leaves[:3])
+    assert len(listed) == 1
+
+
+@interpreted
+def test_pages_that_were_listed_for_other_tiles_are_refused() -> None:
+    from nsa_serve.kernels.gpu.page_union import unite_pages
+    from nsa_serve.kernels.gpu.sparse_pass import sparse_pass
+    from nsa_serve.kernels.shapes import PagedKV
+
+    case = make_packed(CASES[0][0], SPARSE, [64], torch.float32)
+    kv = PagedKV(as_pages(case.k.detach(), 16), as_pages(case.v.detach(), 16))
+    step = case.batch.step
+    union = unite_pages(case.selection, None, step, nsa=SPARSE, tile_tokens=2)
+    with pytest.raises(ContractError, match="listed for other tiles"):
+        sparse_pass(case.q.detach(), kv, case.selection, step, nsa=SPARSE, union=union)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16, 64])
+@pytest.mark.parametrize("width", [16, 64, 128, 192, 256])
+def test_both_passes_of_selected_attention_have_tiles_of_the_same_tokens(group, width) -> None:
+    from nsa_serve.kernels.gpu.tuning import sparse_gradient_tile, sparse_tile
+
+    assert sparse_tile(group, width).tokens == sparse_gradient_tile(group, width).tokens
 
 
 def brute_readers(selection: Tensor, batch: PackedBatch, page: int) -> list[list[list[int]]]:

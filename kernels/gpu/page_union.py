@@ -35,6 +35,11 @@ class PageUnion:
     counts: Tensor  # [tiles, Hkv] int32, items in use
     near_bits: Tensor  # [tiles, Hkv, near] int32, bit b: token b of the tile selects the page
 
+    def check_tiles(self, num_tiles: int) -> None:
+        """Raise ``ContractError`` unless it was made for so many tiles."""
+        same = self.items.shape[0] == num_tiles
+        check(same, "pages were listed for other tiles", items=self.items, tiles=num_tiles)
+
 
 def num_near_pages(tile_tokens: int, page: int) -> int:
     """Most pages on which ``tile_tokens`` neighbours can lie."""

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..shapes import BranchStats, NSAShape, PagedKV, StepBatch
-from .page_union import SLOT_BITS, SLOT_MASK, TOKEN_MASK, unite_pages
+from .page_union import SLOT_BITS, SLOT_MASK, TOKEN_MASK, PageUnion, unite_pages
 from .paged_tiles import described, load_page, load_queries, page_operand, page_rows
 from .query_tiles import locate_tile, num_query_tiles
 from .tuning import Tile, sparse_gradient_tile
@@ -32,18 +32,25 @@ def query_backward(
     *,
     nsa: NSAShape,
     tile: Tile | None = None,
+    union: PageUnion | None = None,
     descriptors: bool | None = None,
 ) -> Tensor:
-    """dq [T, Hq, Dk] of the branches whose statistics are given; pages lie packed in ``kv``."""
+    """dq [T, Hq, Dk] of the branches whose statistics are given; pages lie packed in ``kv``.
+
+    ``union`` as of ``sparse_pass``.
+    """
     num_tokens, num_q_heads, dk = q.shape
     num_kv_heads, dv = kv.v.shape[1], kv.v.shape[3]
     group = num_q_heads // num_kv_heads
     tile = tile or sparse_gradient_tile(group, max(dk, dv))
     if descriptors is None:
         descriptors = described(kv)
-    union = unite_pages(selection, None, batch, nsa=nsa, tile_tokens=tile.tokens)
-    dq = q.new_empty(q.shape)
     num_tiles = num_query_tiles(num_tokens, batch.num_rows, tile.tokens)
+    if union is None:
+        union = unite_pages(selection, None, batch, nsa=nsa, tile_tokens=tile.tokens)
+    else:
+        union.check_tiles(num_tiles)
+    dq = q.new_empty(q.shape)
     first, second = selected or window, window or selected
     assert first is not None
     assert second is not None

@@ -64,18 +64,23 @@ def sparse_pass(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     tile: Tile | None = None,
+    union: PageUnion | None = None,
     descriptors: bool | None = None,
 ) -> Tensor:
     """Attention [T, Hq, Dv] over selected pages; with gates and ``out``: ``out`` + gate x that.
 
-    ``lse`` [T, Hq] fp32, if given, gets log2 of the sums of exponentials.
+    ``lse`` [T, Hq] fp32, if given, gets log2 of the sums of exponentials. ``union`` is that of
+    ``selection`` for the tile's tokens; None: it is made here.
     """
     num_tokens, num_q_heads, dk = q.shape
     num_kv_heads, dv = kv.v.shape[1], kv.v.shape[3]
     num_slots = kv.k.shape[0] + (0 if kv.host is None else kv.host.k.shape[0])
     check(num_slots <= 1 << SLOT_BITS.value, "more pages than listed slots can name", k=kv.k)
     tile = tile or sparse_tile(num_q_heads // num_kv_heads, max(dk, dv))
-    union = unite_pages(selection, slots, batch, nsa=nsa, tile_tokens=tile.tokens)
+    if union is None:
+        union = unite_pages(selection, slots, batch, nsa=nsa, tile_tokens=tile.tokens)
+    else:
+        union.check_tiles(num_query_tiles(num_tokens, batch.num_rows, tile.tokens))
     if out is None:
         out = q.new_empty(num_tokens, num_q_heads, dv)
     if descriptors is None:

@@ -34,15 +34,17 @@ class _KeyTile:
 
 def selected_with_lse(
     q: Tensor, k: Tensor, v: Tensor, selection: Tensor, batch: StepBatch, *, nsa: NSAShape
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Attention over each token's selected blocks: out [T, Hq, Dv], LSE [T, Hq].
 
     ``q`` [T, Hq, Dk], ``k`` [T, Hkv, Dk] and ``v`` [T, Hkv, Dv] of a step that is whole sequences
-    of whole pages; ``selection`` [T, Hkv, n] as ``select_blocks`` gives it. Raises
-    ``ContractError`` where shapes do not fit.
+    of whole pages; ``selection`` [T, Hkv, n] as ``select_blocks`` gives it. Last comes what
+    ``sparse_backward`` need not find out again: nothing here. Raises ``ContractError`` where shapes
+    do not fit.
     """
     _check(q, k, v, selection, batch, nsa)
-    return _attend(q, k, v, _selected_tiles(selection, batch, nsa))
+    out, lse = _attend(q, k, v, _selected_tiles(selection, batch, nsa))
+    return out, lse, ()
 
 
 def window_with_lse(
@@ -92,10 +94,12 @@ def sparse_backward(
     batch: StepBatch,
     *,
     nsa: NSAShape,
+    listed: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v`` through the branches whose statistics are given.
 
-    ``d_out`` [T, Hq, Dv] is the gradient of the gated sum: gates are in the statistics.
+    ``d_out`` [T, Hq, Dv] is the gradient of the gated sum: gates are in the statistics. ``listed``
+    is what ``selected_with_lse`` gave.
     """
     _check(q, k, v, selection, batch, nsa)
     grads = tuple(torch.zeros_like(x, dtype=wide_type(x)) for x in (q, k, v))

@@ -1,6 +1,7 @@
 """The selected and window branches and the gated sum of all three, as one autograd function.
 
-Kept for the backward pass: the inputs, the three branches' outputs and two LSEs.
+Kept for the backward pass: the inputs, the three branches' outputs, two LSEs and the pages as they
+were listed for tiles of queries.
 """
 
 from __future__ import annotations
@@ -57,15 +58,16 @@ class _SparseBranches(torch.autograd.Function):
         branches: frozenset[Branch],
     ) -> Tensor:
         ops = ops_for(q.device)
-        out_selected, lse_selected, out_window, lse_window = None, None, None, None
+        out_selected, lse_selected, out_window, lse_window, listed = None, None, None, None, ()
         if Branch.SELECTED in branches:
-            out_selected, lse_selected = ops.selected_with_lse(
+            out_selected, lse_selected, listed = ops.selected_with_lse(
                 q, k, v, selection, batch.step, nsa=nsa
             )
         if Branch.WINDOW in branches:
             out_window, lse_window = ops.window_with_lse(q, k, v, batch.step, nsa=nsa)
         outs = (out_compressed, out_selected, out_window)
-        ctx.save_for_backward(q, k, v, selection, gate_logits, *outs, lse_selected, lse_window)
+        lses = (lse_selected, lse_window)
+        ctx.save_for_backward(q, k, v, selection, gate_logits, *outs, *lses, *listed)
         ctx.ops, ctx.batch, ctx.nsa = ops, batch, nsa
         out: Tensor = ops.gated_fusion(*_filled(outs), gate_logits)
         return out
@@ -73,7 +75,8 @@ class _SparseBranches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, selection, gate_logits, *outs, lse_selected, lse_window = ctx.saved_tensors
+        q, k, v, selection, gate_logits, *kept = ctx.saved_tensors
+        outs, (lse_selected, lse_window), listed = kept[:3], kept[3:5], tuple(kept[5:])
         ops: ModuleType = ctx.ops
         d_out = d_out.contiguous()
         d_gates, d_compressed, selected, window = ops.gate_backward(
@@ -85,7 +88,7 @@ class _SparseBranches(torch.autograd.Function):
             with_compressed=outs[0] is not None,
         )
         dq, dk, dv = ops.sparse_backward(
-            q, k, v, selection, d_out, selected, window, ctx.batch.step, nsa=ctx.nsa
+            q, k, v, selection, d_out, selected, window, ctx.batch.step, nsa=ctx.nsa, listed=listed
         )
         return dq, dk, dv, d_compressed, d_gates, None, None, None, None
 
