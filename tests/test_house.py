@@ -37,7 +37,7 @@ ALLOWED = {
         "models",
     },
     "llm": {"engine", "tokenizer", "request", "config", "errors"},
-    "train": {"models", "tokenizer", "kernels", "config", "errors"},
+    "train": {"llm", "models", "tokenizer", "kernels", "request", "config", "errors"},
     "evaluate": {
         "llm", "engine", "models", "train", "server", "request", "config", "errors",
     },

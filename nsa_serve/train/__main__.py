@@ -12,13 +12,18 @@ import typer
 
 from ..config import EMBEDDED_MODEL, ModelSource
 from ..errors import ConfigError, NSAServeError
+from ..llm import LLM
 from ..models.checkpoint import resolve
 from ..tokenizer import read_source
 from .batches import BatchPlan
 from .build_corpus import build_corpus
+from .corpus import Corpus
+from .dialogue_writer import hold_dialogues, summary
+from .dialogues import Dialogues
 from .grow import CONTEXT, Growth, build_source, build_trainer, open_base
 from .loop import Run, RunPlan
 from .plot import plot_run
+from .prompts import draw_prompts, read_topics
 from .schedule import Budget
 from .smoke import smoke
 from .step_zero import step_zero
@@ -45,6 +50,26 @@ def corpus(
 
 
 @app.command()
+def dialogues(
+    corpus: Annotated[Path, typer.Option(help="OUT/train of the corpus command")],
+    out: Annotated[Path, typer.Option(help="an .npz file")],
+    count: Annotated[int, typer.Option(min=1, help="of different prompts")] = 12_000,
+    model: Model = EMBEDDED_MODEL,
+    seed: int = 0,
+    device: str = "auto",
+    max_num_seqs: Annotated[int, typer.Option(help="answered at a time")] = 256,
+) -> None:
+    """Let the dense base answer ordinary prompts, for the run to keep what it says."""
+    llm = LLM(
+        model, attention="dense", device=device, max_num_seqs=max_num_seqs, max_model_len=1024
+    )
+    prompts = draw_prompts(seed, count, read_topics(Corpus.open(corpus), llm.tokenizer))
+    talks = hold_dialogues(llm, prompts, seed=seed)
+    Dialogues.of([(talk.tokens, talk.spoken) for talk in talks]).save(out)
+    print(json.dumps(summary(prompts, talks)))
+
+
+@app.command()
 def run(
     corpus: Annotated[Path, typer.Option(help="OUT/train of the corpus command")],
     out: Folder,
@@ -64,6 +89,9 @@ def run(
     from_progress: Annotated[
         float, typer.Option(min=0, max=0.999, help="skip this share of the growth of lengths")
     ] = 0.0,
+    dialogues: Annotated[
+        Path | None, typer.Option(help="OUT of the dialogues command: a fifth of what is learnt")
+    ] = None,
     seed: int = 0,
     device: str = "auto",
     compiled: Annotated[bool, typer.Option(help="fuse the row-wise ops")] = True,
@@ -80,7 +108,8 @@ def run(
     growth = Growth(model=model, context=context, theta=theta, seed=seed)
     trainer = _trainer(growth, device, Rates.scaled(rate), compiled, recompute)
     earlier = () if adapter is None else warm_start(trainer.adapter, adapter, open_base(growth)[0])
-    source = build_source(growth, corpus, BatchPlan(num_tokens=batch_tokens), trainer)
+    batches = BatchPlan(num_tokens=batch_tokens)
+    source = build_source(growth, corpus, batches, trainer, dialogues)
     plan = RunPlan(
         out=out,
         budget=Budget(steps=steps, seconds=None if minutes is None else 60 * minutes),
@@ -93,7 +122,7 @@ def run(
         earlier=earlier,
     )
     if adapter is None:
-        print(json.dumps({"step_zero": step_zero(trainer, source.draw(0, 0.0))}))
+        print(json.dumps({"step_zero": step_zero(trainer, source.draw_texts(0, 0.0))}))
     Run(trainer, source, plan).go()
     plot_run(out / "log.jsonl", out / "curves.png")
 

@@ -17,8 +17,17 @@ import torch
 from numpy.typing import NDArray
 
 from ..kernels.shapes import NSAShape
+from .dialogues import Dialogues, draw_dialogues
 from .importance import Probe
-from .sequences import ANSWER, SequenceWriter, as_columns, lengths_of
+from .sequences import (
+    ANSWER,
+    PADDING,
+    SPOKEN,
+    SequenceWriter,
+    TrainingSequence,
+    as_columns,
+    lengths_of,
+)
 
 Tensor = torch.Tensor
 
@@ -48,6 +57,7 @@ class BatchPlan:
     teacher_limit: int = 8192  # sequences up to this long are distilled
     num_probes: int = 2  # sequences whose block scores are trained
     probe_tokens: int = 96  # of each of them
+    dialogue_share: float = 0.2  # of micro-batches, where there are dialogues
     curriculum: tuple[Stage, ...] = CURRICULUM
 
 
@@ -60,7 +70,8 @@ class MicroBatch:
     token_ids: Tensor  # [T] int64
     rows: Tensor  # [R] int64, tokens whose successors are predicted
     targets: Tensor  # [R] int64
-    answers: Tensor  # [R] bool: an answer's token, and not text
+    answers: Tensor  # [R] bool: an exercise's answer, and not text
+    spoken: Tensor  # [R] bool: what the teacher said itself
     graded: Tensor  # [R] bool: cross-entropy counts; elsewhere only what a teacher says
     probes: tuple[Probe, ...]
     distilled: bool
@@ -83,22 +94,40 @@ class MicroBatch:
             rows=move(self.rows),
             targets=move(self.targets),
             answers=move(self.answers),
+            spoken=move(self.spoken),
             graded=move(self.graded),
             probes=probes,
         )
 
 
 class BatchSource:
-    """Draws micro-batches."""
+    """Draws micro-batches: texts and exercises, and dialogues where there are any."""
 
-    def __init__(self, writer: SequenceWriter, plan: BatchPlan, nsa: NSAShape, seed: int) -> None:
+    def __init__(
+        self,
+        writer: SequenceWriter,
+        plan: BatchPlan,
+        nsa: NSAShape,
+        seed: int,
+        dialogues: Dialogues | None = None,
+    ) -> None:
         self.writer = writer
         self.plan = plan
         self.nsa = nsa
         self.seed = seed
+        self.dialogues = dialogues
 
     def draw(self, index: int, progress: float) -> MicroBatch:
         """Micro-batch ``index`` of a run that has come ``progress`` (0 … 1) of its way."""
+        # Draws of its own: all other micro-batches are what they were without dialogues.
+        rng = random.Random(f"{self.seed}:{index}:dialogues")
+        if self.dialogues is None or rng.random() >= self.plan.dialogue_share:
+            return self.draw_texts(index, progress)
+        sequences = draw_dialogues(rng, self.dialogues, self.plan.num_tokens, self.nsa.page)
+        return self._micro_batch(rng, index, sequences)
+
+    def draw_texts(self, index: int, progress: float) -> MicroBatch:
+        """The same without dialogues."""
         rng = random.Random(f"{self.seed}:{index}")
         plan = self.plan
         stage = next((s for s in plan.curriculum if progress < s.until), plan.curriculum[-1])
@@ -106,18 +135,32 @@ class BatchSource:
         (longest,) = rng.choices(choices, weights)
         longest = min(longest, plan.num_tokens)
         lens = lengths_of(rng, longest, plan.num_tokens, self.nsa.page)
-        tokens, kinds = as_columns([self.writer.draw(rng, length) for length in lens])
+        sequences = [self.writer.draw(rng, length) for length in lens]
+        return self._micro_batch(rng, index, sequences, distilled=longest <= plan.teacher_limit)
+
+    def _micro_batch(
+        self,
+        rng: random.Random,
+        index: int,
+        sequences: Sequence[TrainingSequence],
+        *,
+        distilled: bool = True,
+    ) -> MicroBatch:
+        lens = [len(sequence.tokens) for sequence in sequences]
+        tokens, kinds = as_columns(sequences)
         rows = self._learnt_rows(rng, lens, kinds)
+        target_kinds = kinds[rows + 1]
         return MicroBatch(
             index=index,
             seq_lens=tuple(lens),
             token_ids=torch.from_numpy(tokens.astype(np.int64)),
             rows=torch.from_numpy(rows),
             targets=torch.from_numpy(tokens[rows + 1].astype(np.int64)),
-            answers=torch.from_numpy(kinds[rows + 1] == ANSWER),
-            graded=torch.from_numpy(kinds[rows + 1] > 0),
+            answers=torch.from_numpy(target_kinds == ANSWER),
+            spoken=torch.from_numpy(target_kinds == SPOKEN),
+            graded=torch.from_numpy(target_kinds > 0),
             probes=self._probes(rng, lens, kinds),
-            distilled=longest <= plan.teacher_limit,
+            distilled=distilled,
         )
 
     def _learnt_rows(
@@ -127,12 +170,14 @@ class BatchSource:
         followed = np.ones(len(kinds), bool)
         followed[np.cumsum(lens) - 1] = False  # no sequence predicts the next one's first token
         successor = np.append(kinds[1:], 0)
-        answers = np.flatnonzero(followed & (successor == ANSWER))
-        others = np.flatnonzero(followed & (successor != ANSWER))
-        wanted = min(max(0, self.plan.num_learnt - len(answers)), len(others))
+        answers = np.flatnonzero(followed & (successor >= ANSWER))
+        others = np.flatnonzero(followed & (successor < ANSWER) & (successor != PADDING))
         draw = np.random.default_rng(rng.getrandbits(64))
+        if len(answers) > self.plan.num_learnt:
+            answers = draw.choice(answers, self.plan.num_learnt, replace=False)
+        wanted = min(self.plan.num_learnt - len(answers), len(others))
         chosen = draw.choice(others, wanted, replace=False)
-        return np.sort(np.concatenate([answers[: self.plan.num_learnt], chosen])).astype(np.int64)
+        return np.sort(np.concatenate([answers, chosen])).astype(np.int64)
 
     def _probes(
         self, rng: random.Random, lens: Sequence[int], kinds: NDArray[np.int8]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.shapes import Compressor, NSAShape, Phi
@@ -97,20 +98,46 @@ class SparseAttention:
 
 
 class DenseCausalAttention:
-    """Causal attention of each packed sequence over all of itself: the teacher's."""
+    """Causal attention of each packed sequence over all of itself: the teacher's.
 
-    def __init__(self, seq_lens: Sequence[int]) -> None:
-        self.seq_lens = list(seq_lens)
+    Sequences of up to ``_SHORT`` tokens are padded and computed together, those of one power of
+    two in one call: hundreds of calls for hundreds of dialogues would cost more than their work.
+    """
+
+    def __init__(self, seq_lens: Sequence[int], device: torch.device) -> None:
+        groups = _rows_of_groups(seq_lens)
+        kept = [torch.nonzero(rows.flatten() >= 0)[:, 0] for rows in groups]
+        pairs = zip(groups, kept, strict=True)
+        self.order = torch.cat([rows.flatten()[own] for rows, own in pairs]).argsort().to(device)
+        self.groups = [rows.clamp(min=0).to(device) for rows in groups]
+        self.kept = [own.to(device) for own in kept]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-        pieces = zip(*(torch.split(x, self.seq_lens) for x in (q, k, v)), strict=True)
-        return torch.cat([self._attend(*piece) for piece in pieces])
+        pairs = zip(self.groups, self.kept, strict=True)
+        return torch.cat([self._attend(q, k, v, rows)[own] for rows, own in pairs])[self.order]
 
     @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        """Of the sequences whose tokens are ``rows`` [N, L], some padded: [N · L, Hq, Dv]."""
+        # Padding stands at the ends, where no token that counts can see it.
+        q, k, v = (x[rows].transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out[0].transpose(0, 1)
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+_SHORT = 1024
+
+
+def _rows_of_groups(seq_lens: Sequence[int]) -> list[Tensor]:
+    """Token numbers [N, L] of sequences that are computed together, −1 where one has ended."""
+    groups: dict[tuple[int, int], list[Tensor]] = {}
+    start = 0
+    for at, length in enumerate(seq_lens):
+        # A long sequence makes a group of its own.
+        key = (length.bit_length(), 0) if length <= _SHORT else (0, at)
+        groups.setdefault(key, []).append(torch.arange(start, start + length))
+        start += length
+    return [pad_sequence(own, batch_first=True, padding_value=-1) for own in groups.values()]
 
 
 def angles_of(rotary: Rotary, batch: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from ..tokenizer import Tokenizer, read_source
 from .adapter import Adapter, AdapterConfig, grown_config, stacked
 from .batches import BatchPlan, BatchSource
 from .corpus import Corpus
+from .dialogues import Dialogues
 from .sequences import SequenceWriter
 from .trainer import LossWeights, Rates, Trainer
 
@@ -91,8 +92,15 @@ def build_trainer(
     )
 
 
-def build_source(growth: Growth, corpus: Path, plan: BatchPlan, trainer: Trainer) -> BatchSource:
-    """Micro-batches over the corpus in a folder."""
+def build_source(
+    growth: Growth,
+    corpus: Path,
+    plan: BatchPlan,
+    trainer: Trainer,
+    dialogues: Path | None = None,
+) -> BatchSource:
+    """Micro-batches over the corpus in a folder, and dialogues of a file."""
     tokenizer = Tokenizer(read_source(resolve(ModelSource(model=growth.model))))
     writer = SequenceWriter(Corpus.open(corpus), tokenizer)
-    return BatchSource(writer, plan, trainer.nsa, growth.seed)
+    held = None if dialogues is None else Dialogues.open(dialogues)
+    return BatchSource(writer, plan, trainer.nsa, growth.seed, held)

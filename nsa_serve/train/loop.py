@@ -169,7 +169,7 @@ def _rounded(value: float) -> float | None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    shown = ("loss", "text", "answer", "answers_right", "teacher", "importance", "caught", "norm")
+    shown = (*LOSS_NAMES, "norm")
     losses = " ".join(f"{n} {row[n]:.3f}" for n in shown if row[n] is not None)
     return (
         f"step {row['step']:5d} {row['seconds']:6.0f} s {row['tokens_per_second'] / 1e3:6.1f} "

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 
 _PANELS = (
     ("loss", ("loss", "text", "answer")),
-    ("distillation and importance", ("teacher", "importance")),
+    ("distillation and importance", ("teacher", "dialogue", "importance")),
     ("shares", ("answers_right", "caught")),
     ("tokens/s", ("tokens_per_second",)),
 )
@@ -45,5 +45,5 @@ def plot_run(log: Path, out: Path) -> bool:
 
 
 def _draw(axis: Any, rows: list[dict[str, Any]], name: str) -> None:
-    points = [(row["num_tokens"] / 1e6, row[name]) for row in rows if row[name] is not None]
+    points = [(row["num_tokens"] / 1e6, row[name]) for row in rows if row.get(name) is not None]
     axis.plot([x for x, _ in points], [y for _, y in points], label=name)

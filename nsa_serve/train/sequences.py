@@ -27,8 +27,9 @@ SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
     "<|im_end|>\n"
 )
-# What the loss takes a token for: nothing (but what a teacher says of it), text, or an answer.
-UNUSED, TEXT, ANSWER = 0, 1, 2
+# What the loss takes a token for: nothing (but what a teacher says of it), text, the answer of an
+# exercise, or what the teacher itself said; padding is not learnt at all.
+PADDING, UNUSED, TEXT, ANSWER, SPOKEN = -1, 0, 1, 2, 3
 _TOKENS_OF_A_TURN = 1024  # of the text, for each question about it
 _MAX_TURNS = 48
 _MAX_ALIKE = 8

@@ -26,6 +26,7 @@ class LossWeights:
 
     text: float = 0.5
     answer: float = 1.0
+    spoken: float = 0.1  # cross-entropy beside the divergence: greedy answers should stay greedy
     teacher: float = 1.0
     importance: float = 1.0
 
@@ -60,9 +61,10 @@ class StepLosses:
     teacher: Tensor
     importance: Tensor
     caught: Tensor  # share of attention beyond the forced blocks that the selection takes
+    dialogue: Tensor  # divergence from the teacher on what it said itself
 
     def stacked(self) -> Tensor:
-        """[7] in the order of the fields."""
+        """[8] in the order of the fields."""
         return torch.stack([getattr(self, field.name).float() for field in fields(self)])
 
 
@@ -160,16 +162,18 @@ class Trainer:
     def taught(self, batch: MicroBatch, packed: PackedBatch) -> Tensor:
         """Hidden states [T, H] of the dense base model."""
         angles = angles_of(self.teacher_rotary, packed)
-        attend = DenseCausalAttention(batch.seq_lens)
+        attend = DenseCausalAttention(batch.seq_lens, self.device)
         return self.teacher.hidden(self.teacher_weights, batch.token_ids, angles, attend)
 
     def _token_weights(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Weights [R] fp32 of each token's cross-entropy and of its divergence."""
         answers = batch.answers.float()
-        texts = (batch.graded & ~batch.answers).float()
+        spoken = batch.spoken.float()
+        texts = (batch.graded & ~batch.answers & ~batch.spoken).float()
         ce = self.weights.text * texts / texts.sum().clamp(min=1)
         ce = ce + self.weights.answer * answers / answers.sum().clamp(min=1)
-        # On answers the teacher is no authority: it misses some.
+        ce = ce + self.weights.spoken * spoken / spoken.sum().clamp(min=1)
+        # On an exercise's answers the teacher is no authority: it misses some.
         taught = 1 - answers
         share = self.weights.teacher if batch.distilled else 0.0
         return ce, share * taught / taught.sum().clamp(min=1)
@@ -208,16 +212,18 @@ def _unstacked(
 def _summary(
     loss: Tensor, tokens: TokenLosses, batch: MicroBatch, importance: ImportanceLoss | None
 ) -> StepLosses:
-    texts = batch.graded & ~batch.answers
+    texts = batch.graded & ~batch.answers & ~batch.spoken
+    others = ~batch.answers & ~batch.spoken
     nothing = loss.new_full((), torch.nan)
     return StepLosses(
         loss=loss,
         text=_mean(tokens.entropy, texts),
         answer=_mean(tokens.entropy, batch.answers),
         answers_right=_mean(tokens.right, batch.answers),
-        teacher=_mean(tokens.divergence, ~batch.answers) if batch.distilled else nothing,
+        teacher=_mean(tokens.divergence, others) if batch.distilled else nothing,
         importance=nothing if importance is None else importance.total().detach(),
         caught=nothing if importance is None else importance.caught_share(),
+        dialogue=_mean(tokens.divergence, batch.spoken),
     )
 
 
