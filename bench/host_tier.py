@@ -170,7 +170,7 @@ def measure_rate(case: TierCase, hit_rate: float, link: float, num_steps: int) -
             now = clock.now()
             times.append((last, now))
             last = now
-    lookups, hits, fetched = (case.tier.counts - before).tolist()
+    lookups, hits, fetched = (case.tier.counts - before)[:3].tolist()
     begin, fetch, attention = (clock.timing(times[_WARMUP:]) for times in spans)
     pool = case.tier.pool
     piece = pool.layout.bytes_per_slot // pool.layout.num_kv_heads

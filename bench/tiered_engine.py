@@ -50,6 +50,8 @@ class Point:
     hit_rate: float  # of the look-ups of pages in host memory
     lookups: float  # a step
     missed_bytes: float  # a step, read over the link
+    prefetched_bytes: float  # a step, beside those
+    foreseen: float  # a step, prefetched pieces that were looked up
     stall_ms: float  # a step
     link: float  # bytes a second
     resident_ms: float | None  # the same step without a page in host memory
@@ -61,6 +63,7 @@ class Point:
             "step_ms": self.step.record(), "tokens_per_s": 1e3 * self.streams / self.step.median,
             "hit_rate": self.hit_rate, "lookups": self.lookups,
             "missed_mb": self.missed_bytes / 1e6, "link_ms": link_ms, "stall_ms": self.stall_ms,
+            "prefetched_mb": self.prefetched_bytes / 1e6, "foreseen": self.foreseen,
         }  # fmt: skip
         if self.resident_ms is not None:
             floor = self.streams / (self.resident_ms + link_ms) * 1e3
@@ -109,6 +112,8 @@ def measure_point(
     return Point(
         kept, num_streams, context, summarise(samples, _WARMUP),
         1 - missed / lookups if lookups else 1.0, lookups / steps, missed * piece / steps,
+        (after.prefetched_bytes - before.prefetched_bytes) / steps,
+        (after.prefetch_hits - before.prefetch_hits) / steps,
         1e3 * (after.stall_seconds - before.stall_seconds) / steps, link, resident_ms,
     )  # fmt: skip
 
@@ -172,12 +177,15 @@ def rates(
         float | None, typer.Option(help="ms of the same step, all on the device, for the floor.")
     ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="As for serve.")] = None,
+    kv_runners_up: Annotated[
+        int, typer.Option(help="As for serve. The replay's choices have nothing to do with them.")
+    ] = 0,
 ) -> None:
     """Decode throughput by hit rate, and the rates of the copies that brought the pages there."""
     bench = start(
         shape, device=device, kv_cache_memory_bytes=cache, kv_host_memory_bytes=int(host * _GIB),
         max_num_seqs=max_num_seqs or streams, max_model_len=context + _ROOM,
-        max_num_batched_tokens=budget,
+        max_num_batched_tokens=budget, kv_runners_up=kv_runners_up,
     )  # fmt: skip
     replay = SelectionReplay(bench.parts.worker.model, max_rows=max_num_seqs or streams)
     began = time.perf_counter()

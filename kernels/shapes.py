@@ -111,17 +111,21 @@ class HotBlocks:
     first_slot: int
     owners: Tensor  # [Hkv, H] int32, block whose piece is in each hot slot; −1 for none
     places: Tensor  # [Hkv, N] int32, hot slot of each block; −1 for none
-    last_used: Tensor  # [Hkv, H] int32, step of the last use
+    last_used: Tensor  # [Hkv, H] int32, step of the last use; ``NEVER`` before the first
+    early: Tensor  # [Hkv, H] int32, 1 where the piece was prefetched and not looked up since
     order: Tensor  # [Hkv, H] int32, hot slots by last use before this step, oldest first
     clock: Tensor  # [1] int32, number of this step
     claims: Tensor  # [Hkv, N] int32, scratch: ``UNCLAIMED`` between launches
     victims: Tensor  # [Hkv, H] int32, scratch
     fetched: Tensor  # [Hkv, H] int32, scratch: host pages to fetch into victims
     num_fetched: Tensor  # [Hkv] int32, scratch
-    counts: Tensor  # [3] int64: look-ups of host pages, hits among them, pieces fetched
+    # [5] int64: look-ups of host pages, hits among them, pieces fetched; pieces prefetched, and how
+    # many of them were looked up while they were there
+    counts: Tensor
 
 
 UNCLAIMED = 2**31 - 1
+NEVER = -(2**30)  # before any step
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +251,15 @@ class StepBatch:
     @property
     def num_rows(self) -> int:
         return int(self.context_lens.shape[0])
+
+
+def check_ranked(ranked: Tensor, num_kv_heads: int, batch: StepBatch, nsa: NSAShape) -> None:
+    """Raise ``ContractError`` unless ``ranked`` has room for as many blocks as a selection."""
+    check(batch.is_short, "blocks are ranked in short steps alone", queries=batch.max_query_len)
+    shape = (batch.num_tokens, num_kv_heads, ranked.shape[-1])
+    check(ranked.shape == shape and ranked.is_contiguous(), "not [T, Hkv, m]", ranked=ranked)
+    check(ranked.dtype == torch.int32, "blocks are int32", ranked=ranked)
+    check(ranked.shape[-1] >= nsa.num_selected, "room for fewer than n blocks", ranked=ranked)
 
 
 @dataclass(frozen=True, slots=True)

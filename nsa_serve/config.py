@@ -64,6 +64,7 @@ class CacheConfig:
     kv_cache_memory_bytes: int | None = None  # None: a share of the free memory
     gpu_memory_utilization: float = 0.9
     kv_host_memory_bytes: int = 0  # pages that the device lacks room for; 0: no host tier
+    kv_runners_up: int = 4  # blocks all but selected that a decode step fetches from there too
     kv_disk_dir: str | None = None  # where pages of prefixes are kept that the cache gives up
     kv_disk_bytes: int = 32 * GIB
 
@@ -147,6 +148,8 @@ class EngineConfig:
         _need(kv is None or kv > 0, f"--kv-cache-memory-bytes must be positive, not {kv}")
         host = self.cache.kv_host_memory_bytes
         _need(host >= 0, f"--kv-host-memory-bytes must not be negative, not {host}")
+        ahead = self.cache.kv_runners_up
+        _need(0 <= ahead <= 64, f"--kv-runners-up must be 0 to 64, not {ahead}")
         offload = self.source.cpu_offload_bytes
         _need(offload >= 0, f"--cpu-offload-bytes must not be negative, not {offload}")
         disk = self.cache.kv_disk_bytes

@@ -43,7 +43,7 @@ _PASSED_ON = (
     *("tokenizer", "revision", "dtype", "attention", "max_model_len", "chat_template", "seed"),
     *("gpu_memory_utilization", "scheduling_policy", "max_num_seqs", "max_num_batched_tokens"),
     *("max_num_queued_reqs", "max_num_queued_tokens", "request_timeout", "device"),
-    *("tensor_parallel_size", "enforce_eager", "deterministic"),
+    *("tensor_parallel_size", "enforce_eager", "deterministic", "kv_runners_up"),
 )
 
 
@@ -203,6 +203,14 @@ class EngineFlags:
             help="Host memory for pages that the cache has no room for, such as 64GiB.",
         ),
     ] = "0"
+    kv_runners_up: Annotated[
+        int,
+        _flag(
+            _MEMORY,
+            "--kv-runners-up",
+            help="Host pages a decode step fetches ahead for each KV head; 0: none.",
+        ),
+    ] = 4
     kv_disk_dir: Annotated[
         str | None,
         _flag(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from nsa_serve.kernels import reference
+from nsa_serve.kernels import gpu, reference
+from nsa_serve.kernels.contracts import ContractError
 from nsa_serve.kernels.gpu.compressed_attention import compressed_attention
 from nsa_serve.kernels.gpu.context_splits import max_splits, split_size
 from nsa_serve.kernels.gpu.decode_compressed import TILES, decode_compressed_attention
@@ -18,7 +20,7 @@ from nsa_serve.kernels.gpu.gated_fusion import sparse_attention
 from nsa_serve.kernels.gpu.kv_write import kv_write
 from nsa_serve.kernels.shapes import CompressedKV, Compressor, NSAShape, PagedKV, StepBatch
 from tests import oracle
-from tests.gpu_steps import Step, make_step
+from tests.gpu_steps import SMALL, Step, make_step
 from tests.paged import Heads
 from tests.strategies import SHAPES, Ragged, make_ragged
 from tests.test_gpu_prefill import assert_rows, assert_selection, random_selection, selected_of
@@ -92,6 +94,40 @@ def test_a_smaller_scratch_decodes_to_the_same_bytes() -> None:
         case.q, case.compressed, case.batch, nsa=case.nsa, tiles=tiles
     )
     assert all(torch.equal(one, other) for one, other in zip(whole, passes, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("ops", [reference, gpu], ids=["torch", "triton"])
+def test_ranked_blocks_are_a_wider_selection_beside_the_same_one(ops: ModuleType) -> None:
+    heads, nsa, dtype = CASES[2]
+    case = decode_step(heads, nsa, dtype)
+    wide = replace(nsa, num_selected=nsa.num_selected + 3)
+    ranked = torch.full((case.batch.num_tokens, heads.num_kv, wide.num_selected), 7).int()
+    plain = ops.compressed_attention(case.q, case.compressed, case.batch, nsa=nsa)
+    found = ops.compressed_attention(case.q, case.compressed, case.batch, nsa=nsa, ranked=ranked)
+    assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+    _, wanted = ops.compressed_attention(case.q, case.compressed, case.batch, nsa=wide)
+    assert torch.equal(ranked, wanted)
+
+
+@interpreted
+def test_ranked_blocks_do_not_depend_on_the_scratch() -> None:
+    step = make_step([200, 60], [1, 1])
+    ranked = [torch.empty(2, 2, 6, dtype=torch.int32) for _ in range(2)]
+    for tiles, room in zip((TILES, replace(TILES, select_blocks=8)), ranked, strict=True):
+        decode_compressed_attention(
+            step.q, step.compressed, step.batch, nsa=SMALL, tiles=tiles, ranked=room
+        )
+    assert torch.equal(*ranked)
+
+
+@interpreted
+def test_blocks_are_ranked_in_short_steps_alone() -> None:
+    step = make_step([100], [60])
+    ranked = torch.empty(60, 2, 6, dtype=torch.int32)
+    for ops in (reference, gpu):
+        with pytest.raises(ContractError, match="in short steps alone"):
+            ops.compressed_attention(step.q, step.compressed, step.batch, nsa=SMALL, ranked=ranked)
 
 
 def test_no_context_has_more_splits_than_the_grid_allows_for() -> None:

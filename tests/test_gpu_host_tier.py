@@ -12,10 +12,11 @@ from nsa_serve.kernels import gpu, reference
 from nsa_serve.kernels.shapes import NSAShape, PagedKV
 from nsa_serve.memory.host_pool import PinnedMemory
 from tests.spilling import GREEDY, STEPS, TIGHT, conversations
-from tests.tiered_steps import any_selection, next_step, tiered_step
+from tests.tiered_steps import BOOKS, any_selection, next_step, tiered_step
 
 pytestmark = pytest.mark.gpu
 NSA = NSAShape()
+WIDE = NSAShape(num_selected=20)
 
 
 def pinned(pages: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,7 @@ def test_hot_and_host_pages_give_the_same_bytes_as_pages_on_the_device(contexts,
         )
         torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
         next_step(hot)
-    lookups, hits, fetched = hot.counts.tolist()
+    lookups, hits, fetched = hot.counts[:3].tolist()
     assert lookups > hits
     assert fetched > 0
 
@@ -69,7 +70,10 @@ def test_the_device_keeps_the_books_of_the_reference():
         assert torch.equal(
             slots, reference.fetch_blocks(selection, other.kv, mirrored, other.batch)
         )
-        for name in ("owners", "places", "last_used", "counts", "claims"):
+        wanted, age = any_selection(one.batch, 2, WIDE, seed % 3), (4, -1)[seed % 2]
+        for ops, step, books in ((gpu, one, hot), (reference, other, mirrored)):
+            ops.prefetch_blocks(wanted, step.batch.token_rows, step.kv, books, step.batch, age=age)
+        for name in BOOKS:
             assert torch.equal(getattr(hot, name), getattr(mirrored, name)), name
         next_step(hot)
         next_step(mirrored)
@@ -119,6 +123,7 @@ def test_text_is_the_same_with_the_tier_under_constant_spilling(count, flags):
     tier = llm._engine.stats().tier
     assert tier.lookups > tier.hits > 100 * count
     assert tier.fetched_bytes > 0 < tier.in_bytes
+    assert tier.prefetched > tier.prefetch_hits > 0
     assert tier.out_bytes > 4 * TIGHT["kv_cache_memory_bytes"]
     same = sum(a.token_ids == b.token_ids for a, b in zip(found, expected, strict=True))
     # Without --deterministic sums are ordered otherwise where steps differ, and text with them.

@@ -97,9 +97,25 @@ def test_text_is_the_same_with_the_tier_and_without_under_constant_spilling(fold
     tier = engine.stats().tier
     assert tier is not None
     assert tier.lookups > tier.hits > 0 < tier.fetched_bytes
+    assert tier.prefetched > tier.prefetch_hits > 0
+    worker: Any = engine._runner
+    pieces = worker.layout.num_layers * worker.layout.num_kv_heads
+    assert tier.prefetched_bytes == tier.prefetched * worker.layout.bytes_per_slot // pieces
     assert tier.out_bytes > 2 * DEVICE
     assert tier.in_bytes > 0
     assert tier.out_seconds > 0 < tier.stall_seconds
+
+
+def test_without_runners_up_only_the_next_chunks_pages_come_early(folder: Path) -> None:
+    requests = make_requests(8, seed=6)
+    reports, texts = [], []
+    for count in (0, 4):
+        engine = tiered(folder, kv_runners_up=count)
+        texts.append(run(engine, requests))
+        reports.append(engine.stats().tier)
+    without, with_some = reports
+    assert texts[0] == texts[1]
+    assert 0 < without.prefetch_hits < without.prefetched < with_some.prefetched
 
 
 def test_aborts_while_pages_move_leave_the_others_alone(folder: Path) -> None:
@@ -179,6 +195,7 @@ def test_a_host_tier_needs_sparse_attention(tmp_path: Path) -> None:
         ({"kv_host_memory_bytes": 1 << 50}, "exceeds the host's free memory"),
         ({"kv_cache_memory_bytes": 400_000}, "needs 7 pages on the device"),
         ({"kv_host_memory_bytes": -1}, "must not be negative"),
+        ({"kv_runners_up": 65}, "must be 0 to 64, not 65"),
     ],
 )
 def test_sizes_that_cannot_work_are_refused_in_numbers(folder, flags, message) -> None:

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from nsa_serve.kernels.shapes import UNCLAIMED, HotBlocks, NSAShape, PagedKV, StepBatch
+from nsa_serve.kernels.shapes import NEVER, UNCLAIMED, HotBlocks, NSAShape, PagedKV, StepBatch
 
 from .gpu_steps import SMALL, Step, make_step
+
+BOOKS = ("owners", "places", "last_used", "early", "counts", "claims")
 
 
 def make_hot(
@@ -24,14 +26,15 @@ def make_hot(
         first_slot=kv.k.shape[0] - num_hot,
         owners=full(-1, heads, num_hot),
         places=full(-1, heads, num_blocks),
-        last_used=full(0, heads, num_hot),
+        last_used=full(NEVER, heads, num_hot),
+        early=full(0, heads, num_hot),
         order=torch.arange(num_hot, dtype=torch.int32, device=device).expand(heads, -1).clone(),
         clock=full(step, 1),
         claims=full(UNCLAIMED, heads, num_blocks),
         victims=full(-1, heads, num_hot),
         fetched=full(-1, heads, num_hot),
         num_fetched=full(-1, heads),
-        counts=full(0, 3, dtype=torch.int64),
+        counts=full(0, 5, dtype=torch.int64),
     )
 
 

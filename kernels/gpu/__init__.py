@@ -11,7 +11,7 @@ from ..reference.sampling import (
     mask_logits,
     token_logprobs,
 )
-from .block_copy import fetch_blocks
+from .block_copy import fetch_blocks, prefetch_blocks
 from .clock import add_clock
 from .compress import compress
 from .compressed_attention import compressed_attention
@@ -46,6 +46,7 @@ __all__ = [
     "kv_write",
     "linear",
     "mask_logits",
+    "prefetch_blocks",
     "qkv_norm_rope",
     "rms_norm",
     "sample",

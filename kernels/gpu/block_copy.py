@@ -18,6 +18,7 @@ Tensor = torch.Tensor
 
 _ITEMS = 1024  # look-ups of a program, and of a turn of the assignment
 _FETCHERS = 64  # programs a KV head: enough loads under way to fill the link to the host
+_FETCHERS_AHEAD = 16  # few, since others compute meanwhile
 
 
 @triton.jit
@@ -54,9 +55,11 @@ def _look_up(
     out_ptr,  # [T, Hkv, n]
     places_ptr,  # [Hkv, N]
     last_used_ptr,  # [Hkv, H]
+    early_ptr,  # [Hkv, H]
     claims_ptr,  # [Hkv, N]
     clock_ptr,
     counts_ptr,
+    age,
     num_items,  # T·n
     num_slots,
     first_slot,
@@ -67,6 +70,7 @@ def _look_up(
     HKV: tl.constexpr,
     SELECTED: tl.constexpr,
     ITEMS: tl.constexpr,
+    AHEAD: tl.constexpr,  # for a later step: nothing is read here
 ):
     """Slots of ITEMS look-ups of a KV head; a miss keeps the host's slot."""
     head = tl.program_id(1)
@@ -82,23 +86,33 @@ def _look_up(
     place = tl.load(places_ptr + head * num_blocks + block, mask=away, other=-1)
     hit = away & (place >= 0)
     missed = away & (place < 0)
-    tl.store(last_used_ptr + head * num_hot + place, tl.load(clock_ptr), mask=hit)
+    at_place = head * num_hot + place
+    stamp = tl.load(clock_ptr) - age
+    if AHEAD:
+        tl.atomic_max(last_used_ptr + at_place, stamp, mask=hit)
+    else:
+        tl.store(last_used_ptr + at_place, stamp, mask=hit)
     # The smallest claimant wins, whichever program comes first.
     tl.atomic_min(claims_ptr + head * num_blocks + block, item, mask=missed)
     tl.store(out_ptr + at, tl.where(hit, first_slot + place, slot), mask=item < num_items)
-    tl.atomic_add(counts_ptr, tl.sum(away.to(tl.int64), 0))
-    tl.atomic_add(counts_ptr + 1, tl.sum(hit.to(tl.int64), 0))
+    if not AHEAD:
+        foreseen = tl.load(early_ptr + at_place, mask=hit, other=0) > 0
+        # Of several look-ups of a piece one counts.
+        first = tl.atomic_xchg(early_ptr + at_place, 0, mask=foreseen)
+        tl.atomic_add(counts_ptr, tl.sum(away.to(tl.int64), 0))
+        tl.atomic_add(counts_ptr + 1, tl.sum(hit.to(tl.int64), 0))
+        tl.atomic_add(counts_ptr + 4, tl.sum(tl.where(foreseen, first, 0).to(tl.int64), 0))
 
 
 @triton.jit
-def _list_victims(order_ptr, last_used_ptr, victims_ptr, clock, num_hot, ITEMS: tl.constexpr):
-    """Hot slots that this step doesn't use, the one used longest ago first. Says how many."""
+def _list_victims(order_ptr, last_used_ptr, victims_ptr, stamp, num_hot, ITEMS: tl.constexpr):
+    """Hot slots last used before ``stamp``, the one used longest ago first. Says how many."""
     found = 0
     for start in range(0, num_hot, ITEMS):
         index = start + tl.arange(0, ITEMS)
         slot = tl.load(order_ptr + index, mask=index < num_hot, other=0)
-        used = tl.load(last_used_ptr + slot, mask=index < num_hot, other=clock)
-        free = ((index < num_hot) & (used != clock)).to(tl.int32)
+        used = tl.load(last_used_ptr + slot, mask=index < num_hot, other=stamp)
+        free = ((index < num_hot) & (used < stamp)).to(tl.int32)
         tl.store(victims_ptr + found + tl.cumsum(free, 0) - 1, slot, mask=free > 0)
         found += tl.sum(free, 0)
     return found
@@ -113,6 +127,7 @@ def _assign(
     owners_ptr,  # [Hkv, H]
     places_ptr,
     last_used_ptr,
+    early_ptr,
     order_ptr,  # [Hkv, H]
     claims_ptr,
     victims_ptr,  # [Hkv, H]
@@ -120,6 +135,7 @@ def _assign(
     num_fetched_ptr,  # [Hkv]
     clock_ptr,
     counts_ptr,
+    age,
     num_items,
     num_slots,
     num_blocks,
@@ -128,14 +144,15 @@ def _assign(
     HKV: tl.constexpr,
     SELECTED: tl.constexpr,
     ITEMS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Hot slots for the blocks that one KV head misses, by first appearance."""
     head = tl.program_id(0)
-    clock = tl.load(clock_ptr)
+    stamp = tl.load(clock_ptr) - age
     owners, places = owners_ptr + head * num_hot, places_ptr + head * num_blocks
     last_used, victims = last_used_ptr + head * num_hot, victims_ptr + head * num_hot
     num_victims = _list_victims(
-        order_ptr + head * num_hot, last_used, victims, clock, num_hot, ITEMS
+        order_ptr + head * num_hot, last_used, victims, stamp, num_hot, ITEMS
     )
     tl.debug_barrier()  # other threads of this program read what these have listed
     missing = 0
@@ -155,12 +172,13 @@ def _assign(
         tl.store(places + evicted, -1, mask=takes & (evicted >= 0) & (held == victim))
         tl.store(owners + victim, block, mask=takes)
         tl.store(places + block, victim, mask=takes)
-        tl.store(last_used + victim, clock, mask=takes)
+        tl.store(last_used + victim, stamp, mask=takes)
+        tl.store(early_ptr + head * num_hot + victim, 1 if AHEAD else 0, mask=takes)
         tl.store(fetched_ptr + head * num_hot + rank, slot - num_slots, mask=takes)
         missing += tl.sum(leads, 0)
     count = tl.minimum(missing, num_victims)
     tl.store(num_fetched_ptr + head, count)
-    tl.atomic_add(counts_ptr + 2, count.to(tl.int64))
+    tl.atomic_add(counts_ptr + (3 if AHEAD else 2), count.to(tl.int64))
 
 
 @triton.jit
@@ -257,33 +275,61 @@ def fetch_blocks(selection: Tensor, kv: PagedKV, hot: HotBlocks, batch: StepBatc
     step, in order of their first appearance; for the rest the host's slot itself is answered.
     ``hot`` is updated in place. Raises ``ContractError`` where shapes don't fit.
     """
-    (tokens, num_heads, selected), num_slots = selection.shape, kv.k.shape[0]
-    expected = (batch.num_tokens, kv.k.shape[1], selected)
+    expected = (batch.num_tokens, kv.k.shape[1], selection.shape[-1])
     check(selection.shape == expected, "selection is not [T, Hkv, n]", selection=selection)
-    check(selection.is_contiguous(), "selection must be contiguous", selection=selection)
+    return _resolve(selection, batch.token_rows, kv, hot, batch, age=0, ahead=False)
+
+
+def prefetch_blocks(
+    wanted: Tensor, rows: Tensor, kv: PagedKV, hot: HotBlocks, batch: StepBatch, *, age: int
+) -> None:
+    """Bring pages ``wanted`` [R, Hkv, m] int32, −1 padded, of ``rows`` [R] int32 into hot slots.
+
+    Those in host memory count as used ``age`` steps ago (−1: in the next one): they take slots last
+    used before that, oldest first, and stay where they are hot already. Follows the step's
+    ``fetch_blocks`` of the layer; what a slot held that this step uses may still be read only where
+    ``age`` is positive. ``hot`` is updated in place. Raises ``ContractError`` where shapes don't
+    fit.
+    """
+    check(wanted.shape[:2] == (rows.numel(), kv.k.shape[1]), "not [R, Hkv, m]", wanted=wanted)
+    _resolve(wanted, rows, kv, hot, batch, age=age, ahead=True)
+
+
+def _resolve(
+    pages: Tensor,
+    rows: Tensor,
+    kv: PagedKV,
+    hot: HotBlocks,
+    batch: StepBatch,
+    *,
+    age: int,
+    ahead: bool,
+) -> Tensor:
+    """Slots [R, Hkv, m] of ``pages`` [R, Hkv, m]; hot slots used before ``age`` steps ago turn."""
+    check(pages.is_contiguous(), "pages must be contiguous", pages=pages)
     check(kv.host is not None, "there are no host pages to fetch")
-    host = kv.host or kv
+    host, (tokens, num_heads, selected), num_slots = kv.host or kv, pages.shape, kv.k.shape[0]
     num_blocks, num_hot = hot.places.shape[1], hot.owners.shape[1]
-    slots = torch.empty_like(selection)
+    slots = torch.empty_like(pages)
     num_items = tokens * selected
     if num_items == 0:
         return slots
     sizes = {"HKV": num_heads, "SELECTED": selected, "ITEMS": _ITEMS}
     blocks = batch.block_table
     _look_up[triton.cdiv(num_items, _ITEMS), num_heads](
-        selection, batch.token_rows, blocks, batch.slot_table, slots, hot.places, hot.last_used,
-        hot.claims, hot.clock, hot.counts, num_items, num_slots, hot.first_slot, num_blocks,
-        num_hot, blocks.stride(0), batch.slot_table.stride(0), **sizes,
+        pages, rows, blocks, batch.slot_table, slots, hot.places, hot.last_used, hot.early,
+        hot.claims, hot.clock, hot.counts, age, num_items, num_slots, hot.first_slot, num_blocks,
+        num_hot, blocks.stride(0), batch.slot_table.stride(0), **sizes, AHEAD=ahead,
     )  # fmt: skip
     _assign[(num_heads,)](
-        selection, batch.token_rows, blocks, slots, hot.owners, hot.places, hot.last_used,
-        hot.order, hot.claims, hot.victims, hot.fetched, hot.num_fetched, hot.clock, hot.counts,
-        num_items, num_slots, num_blocks, num_hot, blocks.stride(0), **sizes,
+        pages, rows, blocks, slots, hot.owners, hot.places, hot.last_used, hot.early, hot.order,
+        hot.claims, hot.victims, hot.fetched, hot.num_fetched, hot.clock, hot.counts, age,
+        num_items, num_slots, num_blocks, num_hot, blocks.stride(0), **sizes, AHEAD=ahead,
     )  # fmt: skip
     page, dk, dv = kv.k.shape[2], kv.k.shape[3], kv.v.shape[3]
-    fetchers = min(_FETCHERS, num_hot)
+    fetchers = min(_FETCHERS_AHEAD if ahead else _FETCHERS, num_hot)
     _fetch[fetchers, num_heads](
-        kv.k, kv.v, host.k, host.v, selection, batch.token_rows, blocks, slots, hot.places,
+        kv.k, kv.v, host.k, host.v, pages, rows, blocks, slots, hot.places,
         hot.claims, hot.victims, hot.fetched, hot.num_fetched, num_items, num_slots,
         hot.first_slot, num_blocks, num_hot, blocks.stride(0), *kv.k.stride()[:3],
         *kv.v.stride()[:3], **sizes, FETCHERS=fetchers, UNCLAIMED_ITEM=UNCLAIMED,

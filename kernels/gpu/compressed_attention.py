@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..contracts import check
-from ..shapes import CompressedKV, NSAShape, StepBatch
+from ..shapes import CompressedKV, NSAShape, StepBatch, check_ranked
 from .decode_compressed import decode_compressed_attention
 from .entry_gather import Entries, gather_entries, load_entries
 from .online_softmax import fold_top, fold_values, normalised
@@ -30,16 +30,22 @@ def compressed_attention(
     *,
     nsa: NSAShape,
     with_output: bool = True,
+    ranked: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Output [T, Hq, Dv] of the compressed branch and the selected blocks [T, Hkv, n] int32.
 
     ``q`` [T, Hq, Dk]. The selection is ascending and padded with -1. A token that sees no entry
-    gets 0; padding gets 0 and -1. ``with_output=False`` gives None for the output. Raises
-    ``ContractError`` where shapes do not fit.
+    gets 0; padding gets 0 and -1. ``with_output=False`` gives None for the output. In a short step
+    ``ranked`` [T, Hkv, m] int32, m >= n, is filled in the selection's form with the m best blocks.
+    Raises ``ContractError`` where shapes do not fit.
     """
     _check(q, compressed, batch, nsa)
+    if ranked is not None:
+        check_ranked(ranked, compressed.k.shape[1], batch, nsa)
     if batch.is_short:
-        return decode_compressed_attention(q, compressed, batch, nsa=nsa, with_output=with_output)
+        return decode_compressed_attention(
+            q, compressed, batch, nsa=nsa, with_output=with_output, ranked=ranked
+        )
     return prefill_compressed_attention(q, compressed, batch, nsa=nsa, with_output=with_output)
 
 

@@ -118,12 +118,14 @@ class _Scratch:
     chosen: Tensor  # [tokens, Hkv, chunks, n] int32
 
 
-def _scratch(plan: _Plan, device: torch.device, nsa: NSAShape, with_output: bool) -> _Scratch:
+def _scratch(plan: _Plan, device: torch.device, most: int, with_output: bool) -> _Scratch:
+    """For lists of at most ``most`` blocks."""
+
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     heads = (plan.tokens, plan.hq)
-    chosen = (plan.tokens, plan.hkv, plan.chunks, nsa.num_selected) if plan.chunks > 1 else (0,)
+    chosen = (plan.tokens, plan.hkv, plan.chunks, most) if plan.chunks > 1 else (0,)
     return _Scratch(
         top=empty(*heads, plan.splits),
         total=empty(*heads, plan.splits),
@@ -218,7 +220,7 @@ def _launch_selection(
     nsa: NSAShape,
     tiles: CompressedTiles,
 ) -> None:
-    n, n_pad = nsa.num_selected, triton.next_power_of_2(nsa.num_selected)
+    n, n_pad = selection.shape[2], triton.next_power_of_2(selection.shape[2])
     select_of_keys[plan.chunks, plan.hkv, last - first](
         batch.positions, scratch.keys, selection, scratch.chosen_keys, scratch.chosen,
         first, plan.pages,
@@ -244,12 +246,14 @@ def decode_compressed_attention(
     *,
     nsa: NSAShape,
     with_output: bool = True,
+    ranked: Tensor | None = None,
     tiles: CompressedTiles = TILES,
 ) -> tuple[Tensor | None, Tensor]:
     """Attention over the visible compressed entries and the blocks that its scores select.
 
     ``q`` [T, Hq, Dk] with 1 to 8 tokens a row; answers (out [T, Hq, Dv] or None, selection
     [T, Hkv, n] int32, ascending, padded with −1). Equations 7 to 10 of arXiv 2502.11089.
+    ``ranked`` [T, Hkv, m] int32, m ≥ n, is filled in that form with the m best blocks.
     Scratch is at most ``tiles.scratch_bytes``, or one token's: larger batches run in passes.
     """
     hkv = compressed.k.shape[1]
@@ -263,10 +267,12 @@ def decode_compressed_attention(
     check(triton.next_power_of_2(nsa.page) == nsa.page, "the page must be a power of two", nsa=nsa)
     out = q.new_empty((batch.num_tokens, plan.hq, plan.dv)) if with_output else None
     selection = q.new_empty((batch.num_tokens, hkv, nsa.num_selected), dtype=torch.int32)
-    scratch = _scratch(plan, q.device, nsa, with_output)
+    lists = [selection] if ranked is None else [selection, ranked]
+    scratch = _scratch(plan, q.device, lists[-1].shape[2], with_output)
     for first in range(0, batch.num_tokens, plan.tokens):
         last = min(first + plan.tokens, batch.num_tokens)
         _launch_splits(q, compressed, batch, scratch, first, last, plan, nsa, with_output, tiles)
         _launch_scores(batch, scratch, out, first, last, plan, nsa, tiles)
-        _launch_selection(batch, scratch, selection, first, last, plan, nsa, tiles)
+        for best in lists:
+            _launch_selection(batch, scratch, best, first, last, plan, nsa, tiles)
     return out, selection

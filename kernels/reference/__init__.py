@@ -1,6 +1,6 @@
 """The ops in plain torch: the whole contract, on any device. This is the CPU backend."""
 
-from .block_copy import fetch_blocks
+from .block_copy import fetch_blocks, prefetch_blocks
 from .clock import add_clock
 from .compress import compress
 from .compressed_attention import compressed_attention
@@ -34,6 +34,7 @@ __all__ = [
     "kv_write",
     "linear",
     "mask_logits",
+    "prefetch_blocks",
     "qkv_norm_rope",
     "rms_norm",
     "sample",

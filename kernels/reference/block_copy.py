@@ -38,23 +38,61 @@ def _fetch_head(
     asked: Tensor, host_slots: Tensor, kv: PagedKV, hot: HotBlocks, head: int
 ) -> Tensor:
     """Slots [m] of the ``asked`` blocks [m], which lie in these host slots [m]."""
-    places, last_used = hot.places[head], hot.last_used[head]
+    places, early = hot.places[head], hot.early[head]
     found = places[asked]
-    hits = found[found >= 0].long()
-    last_used[hits] = hot.clock
-    missed, first = _distinct(asked[found < 0])
-    order = hot.order[head].long()
-    victims = order[last_used[order] != hot.clock][: missed.numel()]
-    fetched = missed[: victims.numel()]
-    sources = host_slots[found < 0][first[: victims.numel()]].long()
-    _replace(fetched, victims, hot, head)
-    last_used[victims] = hot.clock
-    _copy(kv, sources - kv.k.shape[0], hot.first_slot + victims, head)
-    hot.counts.add_(
-        torch.tensor([asked.numel(), hits.numel(), fetched.numel()], device=asked.device)
-    )
+    missed, hits = found < 0, found[found >= 0].long()
+    waiting = int(early.sum())
+    early[hits] = 0
+    foreseen = waiting - int(early.sum())
+    hot.last_used[head][hits] = hot.clock
+    fetched = _bring(asked[missed], host_slots[missed], kv, hot, head, hot.clock)
+    early[fetched] = 0
+    counts = [asked.numel(), hits.numel(), fetched.numel(), 0, foreseen]
+    hot.counts.add_(torch.tensor(counts, device=asked.device))
     found = places[asked]
     return torch.where(found >= 0, hot.first_slot + found, host_slots)
+
+
+def prefetch_blocks(
+    wanted: Tensor, rows: Tensor, kv: PagedKV, hot: HotBlocks, batch: StepBatch, *, age: int
+) -> None:
+    """Bring pages ``wanted`` [R, Hkv, m] int32, −1 padded, of ``rows`` [R] into hot slots.
+
+    Those in host memory count as used ``age`` steps ago (−1: in the next one): they take slots last
+    used before that, oldest first, and stay where they are hot already. Follows the step's
+    ``fetch_blocks`` of the layer; what a slot held that this step uses may still be read only where
+    ``age`` is positive. ``hot`` is updated in place.
+    """
+    check(wanted.shape[:2] == (rows.numel(), kv.k.shape[1]), "not [R, Hkv, m]", wanted=wanted)
+    check(kv.host is not None, "there are no host pages to fetch")
+    table_rows, pages = rows.long()[:, None, None], wanted.clamp(min=0).long()
+    slots = batch.slot_table[table_rows, pages].where(wanted >= 0, -1)
+    away = slots >= kv.k.shape[0]
+    blocks = batch.block_table[table_rows, pages].long()
+    stamp = hot.clock - age
+    for head in range(wanted.shape[1]):
+        asked, host_slots = blocks[:, head][away[:, head]], slots[:, head][away[:, head]]
+        found, last_used = hot.places[head][asked], hot.last_used[head]
+        hits = found[found >= 0].long()
+        last_used[hits] = last_used[hits].maximum(stamp)
+        missed = found < 0
+        brought = _bring(asked[missed], host_slots[missed], kv, hot, head, stamp)
+        hot.early[head][brought] = 1
+        hot.counts[3] += brought.numel()
+
+
+def _bring(
+    blocks: Tensor, host_slots: Tensor, kv: PagedKV, hot: HotBlocks, head: int, stamp: Tensor
+) -> Tensor:
+    """Hot slots [k] that ``blocks`` [m] take, those last used before ``stamp``, as if used then."""
+    blocks, first = _distinct(blocks)
+    order, last_used = hot.order[head].long(), hot.last_used[head]
+    victims = order[last_used[order] < stamp][: blocks.numel()]
+    sources = host_slots[first[: victims.numel()]].long()
+    _replace(blocks[: victims.numel()], victims, hot, head)
+    last_used[victims] = stamp
+    _copy(kv, sources - kv.k.shape[0], hot.first_slot + victims, head)
+    return victims
 
 
 def _distinct(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..contracts import check
-from ..shapes import CompressedKV, NSAShape, StepBatch
+from ..shapes import CompressedKV, NSAShape, StepBatch, check_ranked
 from .paged import QueryTile, check_queries, gather_pages, long_rows, short_tokens
 from .select_blocks import (
     every_block,
@@ -28,13 +30,15 @@ def compressed_attention(
     *,
     nsa: NSAShape,
     with_output: bool = True,
+    ranked: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Attention of ``q`` [T, Hq, Dk] over visible entries, and the blocks it selects.
 
     Returns the output [T, Hq, Dv], exactly 0 where no entry is visible, or None unless
     ``with_output``; and the selection [T, Hkv, n] int32, ascending, −1 padded (paper, equations
     7-12). Scores, scaled by 1/√Dk, and softmax are fp32. Tokens with t + 1 ≤ n·P select every
-    block; where all tokens are so and no output is wanted, scores aren't computed.
+    block; where all tokens are so and no output is wanted, scores aren't computed. In a short step
+    ``ranked`` [T, Hkv, m] int32, m ≥ n, is filled in the selection's form with the m best blocks.
     """
     check_queries(q, compressed, batch)
     check(
@@ -43,6 +47,9 @@ def compressed_attention(
         k=compressed.k,
         nsa=nsa,
     )
+    if ranked is not None:
+        check_ranked(ranked, compressed.k.shape[1], batch, nsa)
+        _rank(q, compressed, batch, nsa, ranked)
     if batch.max_context_len <= nsa.dense_len and not with_output:
         return None, every_block(batch, compressed.k.shape[1], nsa)
     if batch.uniform or (q.shape[0] == 1 and int(batch.positions[0]) >= 0):
@@ -65,6 +72,18 @@ def compressed_attention(
     for row in long_rows(batch):
         _attend_row(q, compressed, batch, row, out, selection, nsa)
     return out, selection
+
+
+def _rank(
+    q: Tensor, compressed: CompressedKV, batch: StepBatch, nsa: NSAShape, ranked: Tensor
+) -> None:
+    """Fill ``ranked`` [T, Hkv, m] as if m blocks were selected."""
+    wide = replace(nsa, num_selected=ranked.shape[2])
+    step = _tokens_per_pass(q, batch.max_context_len, nsa)
+    for start in range(0, q.shape[0], step):
+        part = slice(start, start + step)
+        positions, rows = batch.positions[part], batch.token_rows[part]
+        _, ranked[part] = _by_token(q[part], compressed, batch, positions, rows, wide, False)
 
 
 def _tokens_per_pass(q: Tensor, context_len: int, nsa: NSAShape) -> int:

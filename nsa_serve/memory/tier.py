@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 
 from ..kernels.dispatch import ops_for
+from ..kernels.shapes import StepBatch
 from ..models.step import StepInputs
 from ..schedule.plan import ResidenceUpdate, TierReport
 from .copy_lane import CopyLane, SameLane, SideLane
@@ -16,6 +17,23 @@ from .device_pool import DevicePool
 from .host_pool import HostPool
 from .mover import BlockMover
 from .prefetch import SelectionPrefetcher
+
+
+@dataclass(frozen=True, slots=True)
+class BatchAhead:
+    """``models.step.Ahead`` of one step."""
+
+    prefetcher: SelectionPrefetcher
+    batch: StepBatch
+
+    def room(self) -> torch.Tensor | None:
+        return self.prefetcher.room(self.batch)
+
+    def prefetch(self, layer: int, selection: torch.Tensor, ranked: torch.Tensor | None) -> None:
+        self.prefetcher.prefetch(self.batch, layer, selection, ranked)
+
+    def finish(self) -> None:
+        self.prefetcher.finish()
 
 
 class HostTier:
@@ -32,6 +50,7 @@ class HostTier:
         *,
         slab: int,
         num_hot: int,
+        num_ranked: int = 0,
         lane: CopyLane | None = None,
     ) -> None:
         self.pool = pool
@@ -39,7 +58,9 @@ class HostTier:
         self._lane = lane or (SideLane(pool.device) if pool.device.type == "cuda" else SameLane())
         self._mover = BlockMover(pool, host, self._lane, slab=slab)
         kv = [replace(near, host=far) for near, far in zip(pool.kv, host.kv, strict=True)]
-        self._prefetcher = SelectionPrefetcher(pool, kv, num_hot=num_hot, ops=ops_for(pool.device))
+        self._prefetcher = SelectionPrefetcher(
+            pool, kv, num_hot=num_hot, num_ranked=num_ranked, ops=ops_for(pool.device)
+        )
         self._piece_bytes = pool.layout.bytes_per_slot // (
             pool.layout.num_layers * pool.layout.num_kv_heads
         )
@@ -61,7 +82,8 @@ class HostTier:
         """``inputs`` of a step whose pages may lie in host memory."""
         self._prefetcher.begin()
         resident = partial(self._prefetcher.ensure_resident, inputs.batch)
-        return replace(inputs, kv=self._prefetcher.kv, resident=resident)
+        ahead = BatchAhead(self._prefetcher, inputs.batch)
+        return replace(inputs, kv=self._prefetcher.kv, resident=resident, ahead=ahead)
 
     def settle(self) -> None:
         """Wait until all queued copies are done, and the host's pages are what they are to be."""
@@ -74,18 +96,21 @@ class HostTier:
 
     @property
     def counts(self) -> torch.Tensor:
-        """Look-ups of host pages, hits, pieces fetched [3] int64, on the device."""
+        """Counts [5] int64 on the device, as of ``HotBlocks``."""
         return self._prefetcher.counts
 
     def report(self, counts: torch.Tensor) -> TierReport:
-        """All that was counted, ``counts`` [3] on the host among it."""
-        lookups, hits, fetched = counts.tolist()
+        """All that was counted, ``counts`` [5] on the host among it."""
+        lookups, hits, fetched, prefetched, foreseen = counts.tolist()
         inward, outward = self._mover.counts[True], self._mover.counts[False]
         seconds = self._lane.seconds
         return TierReport(
             lookups=lookups,
             hits=hits,
             fetched_bytes=fetched * self._piece_bytes,
+            prefetched=prefetched,
+            prefetched_bytes=prefetched * self._piece_bytes,
+            prefetch_hits=foreseen,
             out_bytes=outward.num_bytes,
             out_transfers=outward.num_transfers,
             out_seconds=seconds[False],

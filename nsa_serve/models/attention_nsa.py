@@ -35,12 +35,14 @@ class NSAAttention:
         ops, batch, nsa = self.ops, step.batch, self.shape
         kv, compressed = step.kv[self.layer], step.compressed[self.layer]
         ops.kv_write(k, v, kv, compressed, batch, nsa=nsa, compressor=self.compressor)
+        ranked = step.room_for_ranked()
         out_compressed, selection = ops.compressed_attention(
-            q, compressed, batch, nsa=nsa, with_output=gate_logits is not None
+            q, compressed, batch, nsa=nsa, with_output=gate_logits is not None, ranked=ranked
         )
         step.observe(self.layer, selection, gate_logits)
         slots = step.ensure_resident(self.layer, selection)
         out: Tensor = ops.sparse_attention(
             q, kv, selection, out_compressed, gate_logits, batch, nsa=nsa, slots=slots
         )
+        step.prefetch(self.layer, selection, ranked)
         return out

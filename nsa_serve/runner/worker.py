@@ -211,7 +211,11 @@ class Worker:
             num_bytes = tiers.num_host * self.layout.bytes_per_slot
             raw = self._pinned.wait()[:num_bytes].view(self.dtype)
         host = HostPool(self.layout, raw)
-        return pool, HostTier(pool, host, slab=tiers.slab, num_hot=tiers.num_hot)
+        ahead, nsa = self.config.cache.kv_runners_up, self.model_config.nsa
+        num_ranked = nsa.shape.num_selected + ahead if nsa and ahead else 0
+        return pool, HostTier(
+            pool, host, slab=tiers.slab, num_hot=tiers.num_hot, num_ranked=num_ranked
+        )
 
     def _open_disk(self, tier: HostTier | None) -> DiskTier | None:
         cache, source = self.config.cache, self.config.source
