@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from nsa_serve.config import ModelSource
-from nsa_serve.kernels.shapes import CompressKind, Phi
+from nsa_serve.kernels.shapes import CompressKind, Compressor, Phi
+from nsa_serve.kernels.training.attention import compress_keys
 from nsa_serve.kernels.training.packed import PackedBatch
 from nsa_serve.models.adapter import merge
 from nsa_serve.models.checkpoint import LowRank, resolve
@@ -207,16 +208,49 @@ def test_the_importance_loss_teaches_pooled_keys_where_attention_goes():
     down = (torch.randn(heads, 8 * 16, 16, generator=generator) * 0.1).requires_grad_()
     up = torch.zeros(heads, 16, 16).requires_grad_()
     probe = Probe(0, length, torch.arange(80, length, 4))
+    batch = PackedBatch.build([length], nsa=nsa, device=CPU)
     optimiser = torch.optim.Adam([down, up], lr=0.02)
     found = []
     for _ in range(60):
-        loss, caught = probe_loss(q, k, Phi(CompressKind.LINEAR, down=down, up=up), probe, nsa)
+        phi = Compressor(k=Phi(CompressKind.LINEAR, down=down, up=up))
+        entries = compress_keys(k, batch, nsa=nsa, compressor=phi)
+        loss, caught = probe_loss(q, k, entries, probe, nsa)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         found.append((float(loss.detach()), float(caught)))
     assert found[-1][0] < 0.7 * found[0][0]
     assert found[-1][1] > found[0][1]
+
+
+def test_the_importance_loss_is_the_divergence_of_block_shares_from_those_of_attention():
+    """Against its definition, in fp64 and by loops over tokens."""
+    nsa, heads, dim = replace(TINY_NSA, num_initial=1, num_local=2), 2, 16
+    batch = PackedBatch.build([64, 160], nsa=nsa, device=CPU)
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(224, 4, dim, generator=generator, dtype=torch.float64)
+    k = 2 * torch.randn(224, heads, dim, generator=generator, dtype=torch.float64)
+    positions = torch.tensor([70, 111, 159])
+    found, _ = probe_loss(
+        q, k, compress_keys(k, batch, nsa=nsa, compressor=Compressor()),
+        Probe(64, 160, positions), nsa,
+    )  # fmt: skip
+    wanted = []
+    for head in range(heads):
+        keys = k[64:, head]
+        entries = torch.stack([keys[at : at + 8].mean(0) for at in range(0, 153, 4)])
+        for position in positions.tolist():
+            own = q[64 + position, 2 * head : 2 * head + 2] / dim**0.5
+            mass = F.softmax(own @ keys[: position + 1].T, -1).mean(0)
+            visible = (position - 7) // 4 + 1
+            p = F.softmax(own @ entries[:visible].T, -1).mean(0)
+            free = range(1, position // 16 - 1)
+            true = torch.stack([mass[16 * b : 16 * b + 16].sum() for b in free])
+            strides = [p[max(0, s - 1) : s + 1].sum() for s in range(visible + 1)]
+            score = torch.stack([sum(strides[4 * b : 4 * b + 4]) for b in free])
+            share, given = true / true.sum(), score / score.sum()
+            wanted.append(true.sum() * (share * (share / given).log()).sum())
+    torch.testing.assert_close(found, torch.stack(wanted).mean(), atol=1e-6, rtol=1e-5)
 
 
 def test_the_shipped_adapter_fits_its_files():

@@ -84,7 +84,7 @@ def _apply(phi: Phi, x: Tensor, nsa: NSAShape) -> Tensor:
     if phi.down is None:
         return _linear(x, _needed(phi.weight, phi), position, nsa).transpose(0, 1)
     low = _linear(x, phi.down, position, nsa)  # [Hkv, T/d, r]
-    product = _products(low.to(x.dtype), _needed(phi.up, phi))
+    product = products(low.to(x.dtype), _needed(phi.up, phi))
     return _mean(x, position, nsa) + product.transpose(0, 1)
 
 
@@ -113,7 +113,7 @@ def _weighted(x: Tensor, weight: Tensor, position: Tensor | None, nsa: NSAShape)
         2, 0, 3, 1
     )  # [Hkv, T/d, D, d]
     places = torch.unflatten(weight, 1, (nsa.overlap, -1)).mT  # [Hkv, d, l/d]
-    shares = _products(tokens.flatten(1, 2), places).view(*tokens.shape[:3], -1)
+    shares = products(tokens.flatten(1, 2), places).view(*tokens.shape[:3], -1)
     entries = _from_strides(shares.mT, nsa).transpose(0, 1)
     if position is None:
         return entries
@@ -126,7 +126,7 @@ def _linear(x: Tensor, weight: Tensor, position: Tensor | None, nsa: NSAShape) -
     places = torch.unflatten(by_head, 1, (nsa.overlap, -1)).transpose(1, 2).flatten(2)
     strides = torch.unflatten(x, 0, (-1, nsa.compress_stride)).permute(2, 0, 1, 3).flatten(2)
     rows = strides if weight.ndim == 3 else strides.flatten(0, 1)[None]  # [·, T/d, d·D]
-    shares = _products(rows, places).view(*strides.shape[:2], nsa.overlap, -1)
+    shares = products(rows, places).view(*strides.shape[:2], nsa.overlap, -1)
     entries = _from_strides(shares, nsa)
     if position is None:
         return entries
@@ -150,7 +150,7 @@ def _mlp(x: Tensor, down: Tensor, up: Tensor, position: Tensor | None, nsa: NSAS
 def _layers(x: Tensor, down: Tensor, up: Tensor, position: Tensor | None, nsa: NSAShape) -> Tensor:
     hidden = F.silu(_linear(x, down, position, nsa))  # [Hkv, T/d, l·D]
     rows = hidden.to(x.dtype).flatten(0, 1)[None]
-    return _products(rows, up[None])[0].view(*hidden.shape[:2], -1).transpose(0, 1)
+    return products(rows, up[None])[0].view(*hidden.shape[:2], -1).transpose(0, 1)
 
 
 def _from_strides(shares: Tensor, nsa: NSAShape) -> Tensor:
@@ -166,8 +166,12 @@ def _from_strides(shares: Tensor, nsa: NSAShape) -> Tensor:
     return total
 
 
-def _products(rows: Tensor, weight: Tensor) -> Tensor:
-    """[B, R, K] times [B, K, N] in the type of sums, with operands in the type of ``rows``."""
+def products(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows`` [B, R, K] times ``weight`` [B, K, N] in the type of sums, with gradients of both.
+
+    Operands are taken in the type of ``rows``: sums leave the matrix unit unrounded, in fp32 (fp64
+    for fp64).
+    """
     product: Tensor = _Products.apply(rows, weight)  # type: ignore[no-untyped-call]
     return product
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.shapes import Compressor, NSAShape, Phi
-from ..kernels.training.attention import nsa_attention
+from ..kernels.training.attention import compress_keys, nsa_attention
 from ..kernels.training.packed import PackedBatch
 from ..models.config import ModelConfig
 from ..models.families.placement import fused_rows
@@ -91,10 +91,13 @@ class SparseAttention:
         self.importance = importance
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-        phi = self.phis[layer]
+        compressor = Compressor(k=self.phis[layer])
+        entries = compress_keys(k, self.batch, nsa=self.nsa, compressor=compressor)
         if self.importance is not None:
-            self.importance.add(q, k, phi)
-        return nsa_attention(q, k, v, gates, self.batch, nsa=self.nsa, compressor=Compressor(k=phi))
+            self.importance.add(q, k, entries)
+        return nsa_attention(
+            q, k, v, gates, self.batch, nsa=self.nsa, compressor=compressor, k_entries=entries
+        )
 
 
 class DenseCausalAttention:

@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from ..kernels.reference.select_blocks import spread_over_blocks
-from ..kernels.shapes import CompressKind, NSAShape, Phi
+from ..kernels.shapes import NSAShape
+from ..kernels.training.compress import products
 
 Tensor = torch.Tensor
 _TINY = 1e-9
@@ -38,10 +39,13 @@ class ImportanceLoss:
         self.losses: list[Tensor] = []
         self.caught: list[Tensor] = []
 
-    def add(self, q: Tensor, k: Tensor, phi: Phi) -> None:
-        """Take one layer's ``q`` [T, Hq, D] and ``k`` [T, Hkv, D], rotated, and its φ_k."""
+    def add(self, q: Tensor, k: Tensor, k_entries: Tensor) -> None:
+        """Take one layer's ``q`` [T, Hq, D] and ``k`` [T, Hkv, D], rotated, and φ of its keys.
+
+        ``k_entries`` [T/d, Hkv, D] are as ``compress_packed`` gives them.
+        """
         for probe in self.probes:
-            loss, caught = probe_loss(q, k, phi, probe, self.nsa)
+            loss, caught = probe_loss(q, k, k_entries, probe, self.nsa)
             self.losses.append(loss)
             self.caught.append(caught)
 
@@ -55,7 +59,7 @@ class ImportanceLoss:
 
 
 def probe_loss(
-    q: Tensor, k: Tensor, phi: Phi, probe: Probe, nsa: NSAShape
+    q: Tensor, k: Tensor, k_entries: Tensor, probe: Probe, nsa: NSAShape
 ) -> tuple[Tensor, Tensor]:
     """KL from the true shares of blocks to those of their scores, beyond the forced blocks.
 
@@ -63,12 +67,16 @@ def probe_loss(
     Also returns the share of that which lies in the blocks of highest score, without gradient.
     """
     asked = torch.unflatten(q[probe.start + probe.positions], 1, (k.shape[1], -1))
-    queries = asked.permute(1, 2, 0, 3)  # [Hkv, G, S, D]
-    keys = k[probe.start : probe.start + probe.length].transpose(0, 1)  # [Hkv, L, D]
+    # Scaled here, where they are few, and not where there is one for each key.
+    queries = asked.permute(1, 2, 0, 3) * q.shape[-1] ** -0.5  # [Hkv, G, S, D]
+    stop = probe.start + probe.length
+    keys = k[probe.start : stop].transpose(0, 1)  # [Hkv, L, D]
+    slots = slice(probe.start // nsa.compress_stride, stop // nsa.compress_stride)
+    entries = k_entries[slots].transpose(0, 1)  # [Hkv, L/d, D]
     free = _free_blocks(probe, nsa)  # [S, NB]
     with torch.no_grad():
         mass = _block_mass(queries, keys, probe.positions, nsa)[..., : free.shape[1]] * free
-    scores = _block_scores(queries, keys, phi, probe.positions, nsa)
+    scores = _block_scores(queries, entries, probe.positions, nsa)
     scores = F.pad(scores, (0, free.shape[1] - scores.shape[-1])) * free
     beyond = mass.sum(-1, keepdim=True)
     wanted = mass / (beyond + _TINY)
@@ -88,38 +96,24 @@ def _block_mass(queries: Tensor, keys: Tensor, positions: Tensor, nsa: NSAShape)
     """Share of full causal attention in each block, mean over the group: [Hkv, S, NB]."""
     scores = _scores(queries, keys)
     future = torch.arange(keys.shape[1], device=keys.device) > positions[:, None]
-    p = scores.masked_fill_(future, -torch.inf).softmax(-1).mean(1)  # [Hkv, S, L]
-    return torch.unflatten(F.pad(p, (0, -p.shape[-1] % nsa.page)), -1, (-1, nsa.page)).sum(-1)
+    p = scores.masked_fill_(future, -torch.inf).softmax(-1)  # [Hkv, G, S, L]
+    return torch.unflatten(p, -1, (-1, nsa.page)).sum(-1).mean(1)
 
 
-def _block_scores(
-    queries: Tensor, keys: Tensor, phi: Phi, positions: Tensor, nsa: NSAShape
-) -> Tensor:
+def _block_scores(queries: Tensor, entries: Tensor, positions: Tensor, nsa: NSAShape) -> Tensor:
     """Scores [Hkv, S, NB] of blocks from compressed keys, as the selection computes them."""
-    entries = _entries(keys, phi, nsa)
-    scores = _scores(queries, entries)
-    last = torch.arange(entries.shape[1], device=keys.device) * nsa.compress_stride
-    hidden = last + nsa.compress_len - 1 > positions[:, None]
+    # The slots before the first entry stay in the products, whose rows are then aligned.
+    scores, lead = _scores(queries, entries), nsa.overlap - 1
+    slots = torch.arange(entries.shape[1], device=entries.device)
+    hidden = ((slots + 1) * nsa.compress_stride > positions[:, None] + 1) | (slots < lead)
     p = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
-    return spread_over_blocks(p, nsa)
+    return spread_over_blocks(p[..., lead:], nsa)
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
-    """Scaled products [Hkv, G, S, L] fp32 of ``queries`` [Hkv, G, S, D], ``keys`` [Hkv, L, D]."""
-    products = queries.flatten(1, 2) @ keys.transpose(1, 2)
-    scores = products.float() * queries.shape[-1] ** -0.5
+    """Products [Hkv, G, S, L] fp32 of ``queries`` [Hkv, G, S, D] and ``keys`` [Hkv, L, D]."""
+    scores = products(queries.flatten(1, 2), keys.transpose(1, 2))
     return torch.unflatten(scores, 1, queries.shape[1:3])
-
-
-def _entries(keys: Tensor, phi: Phi, nsa: NSAShape) -> Tensor:
-    """φ_k of one sequence's ``keys`` [Hkv, L, D]: [Hkv, C, D]."""
-    runs = keys.unfold(1, nsa.compress_len, nsa.compress_stride)  # [Hkv, C, D, l]
-    mean = runs.float().mean(-1).to(keys.dtype)
-    if phi.kind is CompressKind.MEAN:
-        return mean
-    assert phi.down is not None, "of the linear kinds, only the low-rank one is trained"
-    assert phi.up is not None
-    return mean + runs.transpose(2, 3).flatten(2) @ phi.down @ phi.up
 
 
 def _caught(mass: Tensor, scores: Tensor, nsa: NSAShape) -> Tensor:
