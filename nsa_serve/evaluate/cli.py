@@ -1,10 +1,10 @@
-"""``nsa-serve eval needle | ppl | tasks``."""
+"""``nsa-serve eval needle | ppl | tasks | chat | verdicts``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,9 @@ from rich.table import Table
 
 from ..errors import ConfigError, NSAServeError
 from ..server.flags import refuse, takes_flags
-from .flags import EvalFlags, NeedleFlags, PerplexityFlags, TaskFlags, parse_contexts
+from .chat import ChatSet, run_chat
+from .chat import summary as chat_summary
+from .flags import ChatFlags, EvalFlags, NeedleFlags, PerplexityFlags, TaskFlags, parse_contexts
 from .haystack import Haystack, read_documents, read_facts, sentences_of
 from .heatmap import check_plots, save_heatmap, shown
 from .needle import NeedleGrid, run_needles
@@ -21,6 +23,7 @@ from .perplexity import Windows, run_perplexity
 from .record import Record
 from .subject import Advance
 from .tasks import COUNTRY_FACTS, DEFAULT_KINDS, KINDS, TaskSet, run_tasks
+from .verdicts import as_markdown, judge, open_record, read_verdicts, write_verdicts
 
 INTERRUPTED = 130  # what shells report of a command ended by Ctrl-C
 
@@ -51,6 +54,21 @@ def ppl(flags: PerplexityFlags) -> None:
 def tasks(flags: TaskFlags) -> None:
     """Several keys, several values, variables, long copies: on words that training has not seen."""
     _end(lambda: retrieval(flags))
+
+
+@app.command()
+@takes_flags(ChatFlags)
+def chat(flags: ChatFlags) -> None:
+    """Answer 50 short prompts beside the dense base, for people to judge, and measure how far."""
+    _end(lambda: conversations(flags))
+
+
+@app.command()
+def verdicts(
+    record: Annotated[Path, typer.Argument(help="JSON of eval chat; the CSV lies beside it.")],
+) -> None:
+    """Count the verdicts that were filled into the CSV of eval chat, and keep them."""
+    _end(lambda: counted(record))
 
 
 def needles(flags: NeedleFlags) -> None:
@@ -126,6 +144,43 @@ def retrieval(flags: TaskFlags) -> None:
         for kind, row in found["by_kind"].items()
     ]
     _show("right (share)", ("task", *map(shown, contexts)), rows, record.path)
+
+
+def conversations(flags: ChatFlags) -> None:
+    """Run ``eval chat``."""
+    chats = ChatSet(flags.prompts, flags.max_tokens)
+    with flags.subject() as subject:
+        base = flags.open_base()
+        record = _record(flags, "chat", subject.description, chats.settings(base))
+        found = _with_bar(
+            "prompts",
+            chats.num_prompts,
+            lambda advance: run_chat(chats, subject, base, record, advance),
+        )
+    table = record.path.with_suffix(".csv")
+    if table.exists():
+        judge(record, read_verdicts(table, record.items))
+        found = chat_summary(record)
+    else:
+        write_verdicts(table, record.items)
+    _finish_chat(record, found)
+    console.print(f"fill in {table}, then: eval verdicts {record.path}")
+
+
+def counted(path: Path) -> None:
+    """Run ``eval verdicts``."""
+    record = open_record(path)
+    judge(record, read_verdicts(path.with_suffix(".csv"), record.items))
+    _finish_chat(record, chat_summary(record))
+
+
+def _finish_chat(record: Record, found: dict[str, Any]) -> None:
+    record.finish(found)
+    record.path.with_suffix(".md").write_text(as_markdown(record, found), encoding="utf-8")
+    rows = [(name, str(count)) for name, count in found["verdicts"].items()]
+    measured = ("base_logprob_of_answers", "base_logprob_of_own", "divergence")
+    rows += [(name.replace("_", " "), f"{found[name]:.4f}") for name in measured]
+    _show("beside the base", ("", "value"), rows, record.path)
 
 
 def _record(

@@ -5,20 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..config import EMBEDDED_MODEL, AttentionMode, EngineConfig
 from ..errors import ConfigError
 from ..server.flags import EngineFlags
+from ..train.held_out_prompts import HELD_OUT_PROMPTS
 from .ablation import Ablation
 from .haystack import DEFAULT_TEXT
 from .in_process import InProcess
 from .over_http import OverHTTP, ServerAddress, open_client
 from .subject import Subject
 
+NUM_PROMPTS = len(HELD_OUT_PROMPTS)
+_SMALL_CACHE = "512MiB"
 _SERVER, _WORK = "Server", "Evaluation"
 # What an evaluation over HTTP reads of the engine's flags: MODEL is the name in the API there.
 _SHARED = ("positional", "model", "config", "seed", "tokenizer")
@@ -141,3 +145,33 @@ class TaskFlags(EvalFlags):
     samples: Annotated[
         int, _flag(_WORK, "--samples", min=1, help="Of each kind at each context.")
     ] = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFlags(EvalFlags):
+    """Everything that ``eval chat`` can be told."""
+
+    base: Annotated[
+        str, _flag(_WORK, "--base", help="The dense model beside it, run in this process.")
+    ] = EMBEDDED_MODEL
+    prompts: Annotated[
+        int, _flag(_WORK, "--prompts", min=1, max=NUM_PROMPTS, help="The first so many.")
+    ] = NUM_PROMPTS
+    max_tokens: Annotated[int, _flag(_WORK, "--max-tokens", min=1, help="Of an answer.")] = 200
+
+    def engine_config(self) -> EngineConfig:
+        """As ever, but with a small cache: two models share the device."""
+        if self.kv_cache_memory_bytes is not None:
+            return EvalFlags.engine_config(self)
+        return EvalFlags.engine_config(replace(self, kv_cache_memory_bytes=_SMALL_CACHE))
+
+    def open_base(self) -> InProcess:
+        """The base, loaded and dense. Raises ``ConfigError`` or ``CheckpointError``."""
+        flags = ChatFlags(
+            model=self.base,
+            attention=AttentionMode.DENSE,
+            device=self.device,
+            dtype=self.dtype,
+            kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+        )
+        return InProcess.load(flags.engine_config())

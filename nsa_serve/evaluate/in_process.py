@@ -8,11 +8,11 @@ from typing import Any
 from ..config import EngineConfig
 from ..engine.build import build_parts
 from ..engine.engine import Engine
-from ..errors import EvaluationStopped
+from ..errors import ConfigError, EvaluationStopped
 from ..llm import LLM, RequestResult
-from ..request import FinishReason, SamplingParams
+from ..request import MAX_LOGPROBS, FinishReason, SamplingParams, TokenLogprob
 from .ablation import Ablation, ablate
-from .subject import Answer, Question
+from .subject import Answer, Candidates, Question
 
 
 class InProcess:
@@ -69,15 +69,38 @@ class InProcess:
         return [Answer(_checked(r).text, r.usage.prompt_tokens) for r in results]
 
     def logprobs(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-        found = []
         # One at a time: a window's records take more memory than its cache.
-        for window in windows:
-            (result,) = self._llm.generate([list(window)], sampling)
-            entries = _checked(result).prompt_logprobs
-            assert entries is not None
-            found.append([entry.logprob for entry in entries if entry is not None])
-        return found
+        return [[entry.logprob for entry in self._entries(window, 0)] for window in windows]
+
+    def candidates(self, windows: Sequence[Sequence[int]]) -> list[list[Candidates]]:
+        return [
+            [{**dict(e.top), e.token_id: e.logprob} for e in self._entries(window, MAX_LOGPROBS)]
+            for window in windows
+        ]
+
+    def encode_answered(self, text: str, answer: str) -> tuple[list[int], list[int]]:
+        """Ids of a chat whose one user turn is ``text``, and of the turn that answers it.
+
+        Raises ``ConfigError`` where the chat template writes an asked question otherwise once it
+        is answered.
+        """
+        tokenizer = self._llm.tokenizer
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        asked = tokenizer.apply_chat_template(turns[:1])
+        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=False)
+        if not whole.startswith(asked):
+            raise ConfigError("the base's chat template changes a question once it is answered")
+        # What stands after the end of a turn is the template's, not the model's.
+        said = whole[len(asked) :].rstrip()
+        return tokenizer.encode(asked, add_special=False), tokenizer.encode(said, add_special=False)
+
+    def _entries(self, window: Sequence[int], num_candidates: int) -> list[TokenLogprob]:
+        """Of every token but the first."""
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=num_candidates)
+        (result,) = self._llm.generate([list(window)], sampling)
+        entries = _checked(result).prompt_logprobs
+        assert entries is not None
+        return [entry for entry in entries if entry is not None]
 
     def _encode_chats(self, texts: Sequence[str]) -> list[list[int]]:
         tokenizer = self._llm.tokenizer

@@ -12,7 +12,8 @@ import httpx
 import tokenizers
 
 from ..errors import ConfigError, EvaluationStopped
-from .subject import Answer, Question
+from ..request import MAX_LOGPROBS
+from .subject import Answer, Candidates, Question
 
 _ERROR_CHARACTERS = 300
 # Room for a chat template that only the server has.
@@ -79,6 +80,10 @@ class OverHTTP:
         with ThreadPoolExecutor(self._address.concurrency) as pool:
             return list(pool.map(self._echo, windows))
 
+    def candidates(self, windows: Sequence[Sequence[int]]) -> list[list[Candidates]]:
+        with ThreadPoolExecutor(self._address.concurrency) as pool:
+            return list(pool.map(self._candidates, windows))
+
     def _ask(self, question: Question) -> Answer:
         reply = self._post(
             "/v1/chat/completions",
@@ -100,6 +105,19 @@ class OverHTTP:
                 "the server does not echo the log-probabilities of a prompt: evaluate it in process"
             )
         return [float(value) for value in logprobs[1 : len(window)]]
+
+    def _candidates(self, window: Sequence[int]) -> list[Candidates]:
+        asked = {"prompt": list(window), "max_tokens": 1, "temperature": 0}
+        reply = self._post("/v1/completions", {**asked, "prompt_logprobs": MAX_LOGPROBS})
+        entries = reply["choices"][0].get("prompt_logprobs") or []
+        if len(entries) != len(window):
+            raise EvaluationStopped(
+                "the server gives no prompt_logprobs of a prompt: evaluate it in process"
+            )
+        return [
+            {int(token): float(value["logprob"]) for token, value in entry.items()}
+            for entry in entries[1:]
+        ]
 
     def _tokenize(self, asked: dict[str, Any]) -> list[int]:
         found: list[int] = self._post("/tokenize", asked)["tokens"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import ConfigError
 
+# Natural log-probabilities by token id: of the likeliest tokens, and of the one that stands there.
+Candidates = Mapping[int, float]
 Advance = Callable[[int], None]  # told how many more items are done
 
 
@@ -53,6 +55,9 @@ class Subject(Protocol):
 
     def logprobs(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
         """Natural log-probability of every token of each window but its first."""
+
+    def candidates(self, windows: Sequence[Sequence[int]]) -> list[list[Candidates]]:
+        """The likeliest tokens at every position of each window but its first."""
 
 
 def check_context(subject: Subject, needed: int) -> None:
