@@ -87,7 +87,7 @@ def bench() -> None:
 
 @app.command("eval")
 def evaluate() -> None:
-    """Evaluate a model: needles, perplexity, retrieval tasks. See eval --help."""
+    """Evaluate a model: needles, perplexity, retrieval tasks, chat. See eval --help."""
 
 
 @app.command()

@@ -21,11 +21,12 @@ from nsa_serve.kernels.training.packed import PackedBatch
 from nsa_serve.request import FinishReason
 from nsa_serve.train import __main__ as commands
 from nsa_serve.train import decoder
-from nsa_serve.train.batches import BatchSource
+from nsa_serve.train.batches import BatchPlan, BatchSource
 from nsa_serve.train.corpus import Corpus, write_corpus
 from nsa_serve.train.decoder import DenseCausalAttention
 from nsa_serve.train.dialogue_writer import hold_dialogues, summary, without_loop
 from nsa_serve.train.dialogues import Dialogues, draw_dialogues
+from nsa_serve.train.grow import Growth, build_source
 from nsa_serve.train.held_out_prompts import HELD_OUT_PROMPTS, is_held_out
 from nsa_serve.train.prompt_templates import FOLLOW_UPS, TEMPLATES
 from nsa_serve.train.prompt_words import WORDS
@@ -406,6 +407,19 @@ def test_the_command_writes_dialogues_of_a_model(tokenizer, tmp_path, monkeypatc
     written = Dialogues.open(out)
     assert 0 < len(written) <= 6
     assert all(spoken.any() and not spoken[0] for _, spoken in map(written.__getitem__, range(1)))
+
+
+def test_a_run_draws_the_dialogues_of_its_file(tokenizer, tmp_path):
+    corpus = make_corpus(tokenizer)
+    write_corpus(tmp_path / "corpus", corpus.sources, corpus.records)
+    made(7).save(tmp_path / "d.npz")
+    trainer = make_trainer(write_base(tmp_path / "base"))
+    plan = BatchPlan(num_tokens=256, num_learnt=16, dialogue_share=1.0)
+    growth, folder = Growth(), tmp_path / "corpus"
+    source = build_source(growth, folder, plan, trainer, tmp_path / "d.npz")
+    assert len(source.dialogues) == 7
+    assert bool(source.draw(0, 0.0).spoken.all())
+    assert build_source(growth, folder, plan, trainer).dialogues is None
 
 
 def test_a_summary_counts_what_was_made(tokenizer):

@@ -1,1 +1,1 @@
-"""What a model can do: needles, perplexity, retrieval tasks; over HTTP or in this process."""
+"""What a model can do: needles, perplexity, retrieval tasks, chat; over HTTP or in this process."""
