@@ -6,11 +6,13 @@ prompts, and how likely it finds every token of it, keeps the rest of what it kn
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import TrainingFailed
 from ..llm import LLM, RequestResult
@@ -109,19 +111,30 @@ def without_loop(ids: Sequence[int]) -> list[int]:
 
     A loop is one run of tokens ``_REPEATS`` times in a row, ``_LOOP`` tokens or more in all.
     """
-    tokens = np.asarray(ids)
-    cuts = [len(tokens)]
+    # Every loop has four tokens in a row that come as often as its rounds; most answers have none.
+    if max(Counter(_runs_of_four(ids)).values(), default=0) < _REPEATS:
+        return list(ids)
+    kept = list(ids[: _first_round_ends(np.asarray(ids))])
+    runs = _runs_of_four(kept)
+    circles = len(set(runs)) < _DISTINCT * len(runs) and len(runs) >= _FEW_RUNS
+    return [] if circles else kept
+
+
+def _first_round_ends(tokens: NDArray[np.int64]) -> int:
+    """Where the second round of the first loop begins, or the end of ``tokens``."""
+    ends = [len(tokens)]
     for period in range(1, len(tokens) // _REPEATS + 1):
         # Equal to what stands a period before, for as long as a loop lasts.
         needed = max(period * (_REPEATS - 1), _LOOP - period)
         same = tokens[period:] == tokens[:-period]
-        runs = np.convolve(same, np.ones(needed, int), "valid") if len(same) >= needed else same[:0]
-        found = np.flatnonzero(runs == needed)
-        cuts += [int(found[0]) + period] if len(found) else []
-    kept = list(ids[: min(cuts)])
-    runs_of_four = [tuple(kept[at : at + 4]) for at in range(len(kept) - 3)]
-    circles = len(set(runs_of_four)) < _DISTINCT * len(runs_of_four)
-    return [] if circles and len(runs_of_four) >= _FEW_RUNS else kept
+        if len(same) >= needed:
+            found = np.flatnonzero(np.convolve(same, np.ones(needed, int), "valid") == needed)
+            ends += [int(found[0]) + period] if len(found) else []
+    return min(ends)
+
+
+def _runs_of_four(ids: Sequence[int]) -> list[tuple[int, ...]]:
+    return list(zip(*(ids[at:] for at in range(4)), strict=False))
 
 
 def summary(prompts: Sequence[Prompt], talks: Sequence[Talk]) -> dict[str, Any]:
