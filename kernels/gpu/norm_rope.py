@@ -267,10 +267,10 @@ def _turn_heads(
     tl.store(out_ptr + heads * D + dims, turned.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, *, uniform: bool = False) -> Tensor:
     """silu(gate) · up of ``gate_up`` [T, 2·I], gate first, as [T, I]; fp32 inside, rounded once.
 
-    Raises ``ContractError`` for an odd width.
+    Rows are ``uniform`` here whether asked to be or not. Raises ``ContractError`` for an odd width.
     """
     check(gate_up.shape[-1] % 2 == 0, "gate_up has an odd width", gate_up=gate_up)
     check(gate_up.stride(-1) == 1, "rows must be dense", gate_up=gate_up)

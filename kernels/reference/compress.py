@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from ..contracts import check
 from ..shapes import CompressKind, Compressor, Phi
 from .norm_rope import rotate
+from .uniform import uniform_silu
 
 Tensor = torch.Tensor
 
@@ -73,7 +74,7 @@ def _products(phi: Phi, x: Tensor) -> Tensor:
         return x @ _needed(phi.weight, phi).float()
     hidden = x @ phi.down.float()
     if phi.kind is CompressKind.MLP:
-        hidden = F.silu(hidden)
+        hidden = uniform_silu(hidden)
     return hidden @ _needed(phi.up, phi).float()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..contracts import check
 from ..shapes import NSAShape, PagedKV, StepBatch
 from .selected_attention import selected_attention
+from .uniform import uniform_sigmoid
 from .window_attention import window_attention
 
 Tensor = torch.Tensor
@@ -20,13 +23,23 @@ def gated_fusion(
     ``gate_logits`` [T, Hq, 3] are in the order compressed, selected, window. Sums are fp32,
     or wider where the branches are.
     """
+    return _fuse(out_compressed, out_selected, out_window, gate_logits, torch.sigmoid)
+
+
+def _fuse(
+    out_compressed: Tensor,
+    out_selected: Tensor,
+    out_window: Tensor,
+    gate_logits: Tensor,
+    sigmoid: Callable[[Tensor], Tensor],
+) -> Tensor:
     check(
         gate_logits.shape == (*out_selected.shape[:2], 3), "gates are not [T, Hq, 3]", g=gate_logits
     )
     check(out_compressed.shape == out_selected.shape, "branches differ", a=out_compressed)
     check(out_window.shape == out_selected.shape, "branches differ", a=out_window)
     wide = torch.promote_types(out_selected.dtype, torch.float32)
-    gates = gate_logits.to(wide).sigmoid()
+    gates = sigmoid(gate_logits.to(wide))
     out = out_compressed.to(wide) * gates[..., 0:1]
     out.addcmul_(out_selected.to(wide), gates[..., 1:2])
     out.addcmul_(out_window.to(wide), gates[..., 2:3])
@@ -55,4 +68,5 @@ def sparse_attention(
     check(out_compressed is not None, "gates need the output of the compressed branch")
     assert out_compressed is not None
     out_window = window_attention(q, kv, batch, nsa=nsa)
-    return gated_fusion(out_compressed, out_selected, out_window, gate_logits)
+    sigmoid = uniform_sigmoid if batch.uniform else torch.sigmoid
+    return _fuse(out_compressed, out_selected, out_window, gate_logits, sigmoid)

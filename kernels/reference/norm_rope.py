@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..contracts import check
+from .uniform import uniform_silu
 
 Tensor = torch.Tensor
 
@@ -83,10 +84,12 @@ def qkv_norm_rope(
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of ``gate_up`` [T, 2·I], gate first, as [T, I]; fp32 inside, rounded once."""
+def swiglu(gate_up: Tensor, *, uniform: bool = False) -> Tensor:
+    """silu(gate) · up of ``gate_up`` [T, 2·I], gate first, as [T, I]; fp32 inside, rounded once.
+
+    ``uniform``: a row's bytes are the same whatever other rows there are.
+    """
     check(gate_up.shape[-1] % 2 == 0, "gate_up has an odd width", gate_up=gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    if gate_up.dtype == torch.float32:
-        return F.silu(gate).mul_(up)
-    return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
+    silu = uniform_silu if uniform else F.silu
+    return silu(gate.float()).mul_(up).to(gate_up.dtype)

@@ -135,13 +135,23 @@ def _floor(values: Tensor, scaled: Tensor, settings: SamplingTensors) -> Tensor:
     limited = (settings.top_k > 0) & (settings.top_k < scaled.shape[1])
     last = (settings.top_k.long() - 1).clamp(0, values.shape[1] - 1).unsqueeze(1)
     kth = values.gather(1, last).masked_fill(~limited.unsqueeze(1), -torch.inf)  # [B, 1]
-    total = scaled.exp().masked_fill_(scaled < kth, 0).sum(-1, keepdim=True, dtype=torch.float64)
+    total = _mass(scaled, kth)
     weights = values.double().exp().masked_fill_(values < kth, 0)
     before = weights.cumsum(-1) - weights  # mass ahead of each, [B, K]
     inside = (before < settings.top_p.double().unsqueeze(1) * total).sum(-1, keepdim=True)
     nucleus = values.gather(1, (inside - 1).clamp(min=0))
     nucleus = nucleus.masked_fill((settings.top_p >= 1).unsqueeze(1), -torch.inf)
     return torch.maximum(torch.maximum(kth, nucleus), settings.min_p.log().unsqueeze(1))
+
+
+def _mass(scaled: Tensor, floor: Tensor) -> Tensor:
+    """Σ exp of what is at least ``floor`` [B, 1] in each row of ``scaled`` [B, V]: [B, 1] fp64."""
+    # Row by row: threads share out the sum of one row, but never a row of several.
+    parts = [
+        row.exp().masked_fill_(row < least, 0).sum(dtype=torch.float64)
+        for row, least in zip(scaled, floor, strict=True)
+    ]
+    return torch.stack(parts).unsqueeze(1)
 
 
 def _select(settings: SamplingTensors, rows: Tensor) -> SamplingTensors:
@@ -218,8 +228,9 @@ def token_logprobs(
     Returns (logprob [B] fp32, rank [B] int64 from 1, top logprobs [B, top] fp32 in descending
     order, their ids [B, top] int64). The rank counts the strictly likelier tokens.
     """
-    norm = logits.logsumexp(-1, keepdim=True)  # [B, 1]
-    chosen = logits.gather(1, tokens.unsqueeze(1))  # [B, 1]
-    rank = (logits > chosen).sum(-1) + 1
-    values, token_ids = logits.topk(min(top, logits.shape[1]))
-    return (chosen - norm)[:, 0], rank, values - norm, token_ids
+    # A sum by itself would run in another order in one row than in several.
+    logprobs = logits.log_softmax(-1)
+    at = tokens.unsqueeze(1)
+    rank = (logits > logits.gather(1, at)).sum(-1) + 1
+    token_ids = logits.topk(min(top, logits.shape[1])).indices
+    return logprobs.gather(1, at)[:, 0], rank, logprobs.gather(1, token_ids), token_ids

@@ -84,7 +84,8 @@ class DecoderLayer:
         x, residual = ops.add_rms_norm(
             self.o(attended.flatten(1)), residual, self.post_norm, eps=config.rms_norm_eps
         )
-        return self.down(ops.swiglu(self.gate_up(x))), residual
+        activated = ops.swiglu(self.gate_up(x), uniform=step.batch.uniform)
+        return self.down(activated), residual
 
     def _gate_logits(self, fused: Tensor) -> Tensor | None:
         """[T, Hq, 3], in the order compressed, selected, window; None without learned gates."""

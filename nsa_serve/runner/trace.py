@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from ..kernels.reference.uniform import uniform_sigmoid
 from ..request import TokenTrace
 from ..schedule.plan import RowStart, ScheduledChunk
 from .staging import to_device, to_host
@@ -38,7 +39,7 @@ class StepTrace:
         assert layer == len(self._selections), f"layer {layer} is out of order"
         self._selections.append(selection[self._index])
         if gate_logits is not None:
-            gates = gate_logits[self._index].float().sigmoid()
+            gates = uniform_sigmoid(gate_logits[self._index].float())
             by_group = gates.unflatten(1, (selection.shape[1], -1))  # type: ignore[no-untyped-call]
             self._gates.append(by_group.mean(2))
 
