@@ -8,9 +8,10 @@ import httpx
 import pytest
 import torch
 
-from nsa_serve.config import EngineConfig, ModelSource
+from nsa_serve.config import NSA_MODEL, EngineConfig, ModelSource
 from nsa_serve.engine.build import build_parts
 from nsa_serve.engine.engine import Engine
+from nsa_serve.evaluate.ablation import Ablation, ablate
 from nsa_serve.models.checkpoint import resolve
 from nsa_serve.server.app import create_app
 from nsa_serve.server.settings import ServerSettings
@@ -32,13 +33,15 @@ def ask(needle: Needle, **more: object) -> dict[str, object]:
     return {"model": MODEL, "prompt": needle.prompt, "max_tokens": 10, "temperature": 0, **more}
 
 
-def engine_for(**flags: object) -> tuple[Engine, object]:
-    """An engine of the embedded model in this process, and its decoder."""
+def engine_for(*, ablation: Ablation | None = None, **flags: object) -> tuple[Engine, object]:
+    """An engine of the embedded model or another in this process, and its decoder."""
     config = EngineConfig.from_flags(
         device="cpu", attention="nsa", kv_cache_memory_bytes=1 << 29, max_num_batched_tokens=CHUNK,
         **flags,
     )  # fmt: skip
     parts = build_parts(config)
+    if ablation is not None:
+        ablate(parts.worker.model, ablation)
     engine = Engine(
         parts.scheduler, parts.cache, parts.worker, parts.tokenizer,
         vocab_size=parts.description.vocab_size, depth=parts.depth,
@@ -97,6 +100,17 @@ def test_at_4k_blocks_chosen_by_their_true_mass_find_every_number(encode):
     found = [n.found_in(text) for n, text in zip(trials, texts, strict=True)]
     assert sum(found) == NUM_TRIALS, list(zip(trials, texts, strict=True))
     assert answers[-1]["usage"]["prompt_tokens"] > 3600
+
+
+def test_the_trained_model_finds_numbers_by_its_selection_and_not_without(encode):
+    trials = list(needles(1700, encode))[4:6]  # beyond the window, behind the first block
+    found = {}
+    for ablation in (None, Ablation.SELECTION):
+        engine, _ = engine_for(model=NSA_MODEL, ablation=ablation)
+        answers = asyncio.run(completions(engine, [ask(needle) for needle in trials]))
+        texts = [answer["choices"][0]["text"] for answer in answers]
+        found[ablation] = sum(n.found_in(t) for n, t in zip(trials, texts, strict=True))
+    assert found == {None: 2, Ablation.SELECTION: 0}
 
 
 @pytest.mark.parametrize("num_tokens", [700, 2000, 4000])
