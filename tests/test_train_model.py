@@ -20,7 +20,7 @@ from nsa_serve.models.families import model_config
 from nsa_serve.models.loader import parameter_shapes
 from nsa_serve.train.adapter import Adapter, AdapterConfig, adapter_shapes, grown_config
 from nsa_serve.train.head_loss import head_loss
-from nsa_serve.train.importance import Probe, probe_loss
+from nsa_serve.train.importance import ImportanceLoss, Probe, probe_loss
 from nsa_serve.train.row_ops import RowOps
 from nsa_serve.train.step_zero import step_zero
 from nsa_serve.train.storage import config_json
@@ -214,7 +214,7 @@ def test_the_importance_loss_teaches_pooled_keys_where_attention_goes():
     for _ in range(60):
         phi = Compressor(k=Phi(CompressKind.LINEAR, down=down, up=up))
         entries = compress_keys(k, batch, nsa=nsa, compressor=phi)
-        loss, caught = probe_loss(q, k, entries, probe, nsa)
+        loss, caught = probe_loss(q[probe.positions], k, entries, probe, nsa)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -231,10 +231,11 @@ def test_the_importance_loss_is_the_divergence_of_block_shares_from_those_of_att
     q = torch.randn(224, 4, dim, generator=generator, dtype=torch.float64)
     k = 2 * torch.randn(224, heads, dim, generator=generator, dtype=torch.float64)
     positions = torch.tensor([70, 111, 159])
-    found, _ = probe_loss(
-        q, k, compress_keys(k, batch, nsa=nsa, compressor=Compressor()),
-        Probe(64, 160, positions), nsa,
-    )  # fmt: skip
+    # A probe of the first sequence beside it, where every block is forced: its loss is 0.
+    losses = ImportanceLoss([Probe(0, 64, torch.tensor([20, 30])), Probe(64, 160, positions)], nsa)
+    losses.add(q, k, compress_keys(k, batch, nsa=nsa, compressor=Compressor()))
+    none, found = losses.losses
+    assert float(none) == 0
     wanted = []
     for head in range(heads):
         keys = k[64:, head]

@@ -44,8 +44,11 @@ class ImportanceLoss:
 
         ``k_entries`` [T/d, Hkv, D] are as ``compress_packed`` gives them.
         """
-        for probe in self.probes:
-            loss, caught = probe_loss(q, k, k_entries, probe, self.nsa)
+        # Taken together, so that there is one gradient of the size of q and not one for each.
+        asked = q[torch.cat([probe.start + probe.positions for probe in self.probes])]
+        pieces = asked.split([len(probe.positions) for probe in self.probes])
+        for probe, piece in zip(self.probes, pieces, strict=True):
+            loss, caught = probe_loss(piece, k, k_entries, probe, self.nsa)
             self.losses.append(loss)
             self.caught.append(caught)
 
@@ -59,16 +62,18 @@ class ImportanceLoss:
 
 
 def probe_loss(
-    q: Tensor, k: Tensor, k_entries: Tensor, probe: Probe, nsa: NSAShape
+    asked: Tensor, k: Tensor, k_entries: Tensor, probe: Probe, nsa: NSAShape
 ) -> tuple[Tensor, Tensor]:
     """KL from the true shares of blocks to those of their scores, beyond the forced blocks.
+
+    ``asked`` [S, Hq, D] are the queries of the probe's tokens; the rest is the whole batch's.
 
     Each token and KV head counts by the share of attention that it has beyond the forced blocks.
     Also returns the share of that which lies in the blocks of highest score, without gradient.
     """
-    asked = torch.unflatten(q[probe.start + probe.positions], 1, (k.shape[1], -1))
+    grouped = torch.unflatten(asked, 1, (k.shape[1], -1))
     # Scaled here, where they are few, and not where there is one for each key.
-    queries = asked.permute(1, 2, 0, 3) * q.shape[-1] ** -0.5  # [Hkv, G, S, D]
+    queries = grouped.permute(1, 2, 0, 3) * asked.shape[-1] ** -0.5  # [Hkv, G, S, D]
     stop = probe.start + probe.length
     keys = k[probe.start : stop].transpose(0, 1)  # [Hkv, L, D]
     slots = slice(probe.start // nsa.compress_stride, stop // nsa.compress_stride)
