@@ -11,6 +11,7 @@ import triton.language as tl
 from ..contracts import check
 from ..shapes import NSAShape, StepBatch
 from .query_tiles import locate_tile, num_query_tiles
+from .tuning import union_warps
 
 Tensor = torch.Tensor
 
@@ -88,7 +89,7 @@ def unite_pages(
         ITEMS=width,
         NEAR=near,
         RESOLVED=slots is not None,
-        num_warps=1 if width <= 128 else 4,
+        num_warps=union_warps(width),
     )
     return union
 

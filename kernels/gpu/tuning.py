@@ -51,6 +51,11 @@ def sparse_tile(group: int, head_dim: int) -> Tile:
     return query_tile(group, 64, keys=0, warps=4, stages=3 if head_dim <= 128 else 2, most=16)
 
 
+def union_warps(width: int) -> int:
+    """Warps that list the pages of a tile, of whose selections there are ``width``."""
+    return 1 if width <= 128 else 4
+
+
 def window_tile(group: int, head_dim: int) -> Tile:
     """Window attention: neighbours share nearly all their pages."""
     return query_tile(group, 64, keys=0, warps=4, stages=3 if head_dim <= 128 else 2)
