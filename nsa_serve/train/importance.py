@@ -46,7 +46,7 @@ class ImportanceLoss:
         """
         # Taken together, so that there is one gradient of the size of q and not one for each.
         asked = q[torch.cat([probe.start + probe.positions for probe in self.probes])]
-        pieces = asked.split([len(probe.positions) for probe in self.probes])
+        pieces = torch.split(asked, [len(probe.positions) for probe in self.probes])
         for probe, piece in zip(self.probes, pieces, strict=True):
             loss, caught = probe_loss(piece, k, k_entries, probe, self.nsa)
             self.losses.append(loss)
