@@ -58,7 +58,7 @@ class HostTier:
         self._lane = lane or (SideLane(pool.device) if pool.device.type == "cuda" else SameLane())
         self._mover = BlockMover(pool, host, self._lane, slab=slab)
         kv = [replace(near, host=far) for near, far in zip(pool.kv, host.kv, strict=True)]
-        self._prefetcher = SelectionPrefetcher(
+        self.prefetcher = SelectionPrefetcher(
             pool, kv, num_hot=num_hot, num_ranked=num_ranked, ops=ops_for(pool.device)
         )
         self._piece_bytes = pool.layout.bytes_per_slot // (
@@ -76,14 +76,14 @@ class HostTier:
             packed = packed.pin_memory().to(self.pool.device, non_blocking=True)
         block_ids, slots = packed
         self.pool.slot_table.index_copy_(0, block_ids, slots.int())
-        self._prefetcher.forget(block_ids)
+        self.prefetcher.forget(block_ids)
 
     def serve(self, inputs: StepInputs) -> StepInputs:
         """``inputs`` of a step whose pages may lie in host memory."""
-        self._prefetcher.begin()
-        resident = partial(self._prefetcher.ensure_resident, inputs.batch)
-        ahead = BatchAhead(self._prefetcher, inputs.batch)
-        return replace(inputs, kv=self._prefetcher.kv, resident=resident, ahead=ahead)
+        self.prefetcher.begin()
+        resident = partial(self.prefetcher.ensure_resident, inputs.batch)
+        ahead = BatchAhead(self.prefetcher, inputs.batch)
+        return replace(inputs, kv=self.prefetcher.kv, resident=resident, ahead=ahead)
 
     def settle(self) -> None:
         """Wait until all queued copies are done, and the host's pages are what they are to be."""
@@ -97,7 +97,7 @@ class HostTier:
     @property
     def counts(self) -> torch.Tensor:
         """Counts [5] int64 on the device, as of ``HotBlocks``."""
-        return self._prefetcher.counts
+        return self.prefetcher.counts
 
     def report(self, counts: torch.Tensor) -> TierReport:
         """All that was counted, ``counts`` [5] on the host among it."""

@@ -67,10 +67,10 @@ class Worker:
         self.disk: DiskTier | None = None
         size = self._size_cache()
         self.max_model_len, self.num_blocks = size.max_model_len, size.num_blocks
-        self.pool, tier = self._build_pools()
+        self.pool, self.tier = self._build_pools()
         self.num_cache_bytes = self.pool.num_bytes
-        self.disk = self._open_disk(tier)
-        self._runner = self._build_runner(self.pool, self.max_model_len, tier=tier)
+        self.disk = self._open_disk(self.tier)
+        self._runner = self._build_runner(self.pool, self.max_model_len, tier=self.tier)
 
     @property
     def page(self) -> int:
