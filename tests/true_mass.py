@@ -40,7 +40,8 @@ class TrueMassOps:
         self, q: Tensor, compressed: CompressedKV, batch: StepBatch, *, nsa: NSAShape,
         with_output: bool = True, ranked: Tensor | None = None,
     ) -> tuple[None, Tensor]:  # fmt: skip
-        assert not with_output and ranked is None, "for fixed gates and one tier only"
+        assert not with_output, "for fixed gates only"
+        assert ranked is None, "without a host tier only"
         bounds = batch.cu_seqlens_q.tolist()
         chosen = [
             self._select(q[at : min(at + _TILE, stop)], row, at, batch, nsa)
