@@ -10,6 +10,7 @@ server answer a few requests meanwhile, and fails where a query has an error or 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -123,7 +124,11 @@ def free_port() -> int:
 
 
 def main() -> None:
-    server = sys.argv[1].rstrip("/") if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("server", nargs="?", default="http://127.0.0.1:8000")
+    server = arguments.parse_args().server.rstrip("/")
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         prometheus = start_prometheus(Path(folder), server, port)

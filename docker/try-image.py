@@ -10,6 +10,7 @@ its engine is frozen, and on SIGTERM finish what runs and exit with 0. Needs roo
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -181,8 +182,12 @@ def leave_hybrid_cgroups() -> None:
 
 
 def main() -> None:
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("image", nargs="?", default="build/images/cpu", type=Path)
+    image = arguments.parse_args().image.resolve()
     leave_hybrid_cgroups()
-    image = Path(sys.argv[1] if len(sys.argv) > 1 else "build/images/cpu").resolve()
     with tempfile.TemporaryDirectory() as folder:
         container = Container(image, Path(folder))
         try:
