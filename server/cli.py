@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .. import __version__
 from ..errors import NSAServeError
 from .flags import BatchFlags, ServeFlags, refuse, takes_flags
 
@@ -41,8 +42,23 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Serve language models with Native Sparse Attention behind OpenAI's API.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"nsa-serve {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end."),
+    ] = False,
+) -> None:
+    """Serve language models with Native Sparse Attention behind OpenAI's API."""
 
 
 @app.command()
@@ -72,7 +88,7 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.", min=1)] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 1024,
 ) -> None:
     """Talk to a model in the terminal. MODEL and flags of serve start a server for it."""
     room = import_module("nsa_serve.server.terminal_chat")

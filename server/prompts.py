@@ -65,7 +65,10 @@ class PromptEncoder:
     def check_model(self, name: str | None) -> None:
         """Raise ``ModelNotFound`` unless the name, if there is one, is one we serve."""
         if name is not None and name not in self._settings.model_names:
-            raise ModelNotFound(f"The model {echo(name)} does not exist", param="model")
+            served = ", ".join(self._settings.model_names)
+            raise ModelNotFound(
+                f"The model {echo(name)} does not exist; this server has {served}", param="model"
+            )
 
     def render(
         self,
