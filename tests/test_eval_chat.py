@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from nsa_serve.config import EngineConfig
@@ -23,7 +22,7 @@ from nsa_serve.evaluate import cli as room
 from nsa_serve.evaluate.chat import ChatSet, divergence, run_chat
 from nsa_serve.evaluate.flags import NUM_PROMPTS, ChatFlags
 from nsa_serve.evaluate.in_process import InProcess
-from nsa_serve.evaluate.over_http import OverHTTP, ServerAddress
+from nsa_serve.evaluate.over_http import OverHTTP
 from nsa_serve.evaluate.record import Record
 from nsa_serve.evaluate.verdicts import (
     as_markdown,
@@ -34,15 +33,12 @@ from nsa_serve.evaluate.verdicts import (
 )
 from nsa_serve.llm import LLM
 from nsa_serve.server import cli
-from nsa_serve.server.app import create_app
-from nsa_serve.server.settings import ServerSettings
 from nsa_serve.train.held_out_prompts import HELD_OUT_PROMPTS
-from tests.in_process import InProcessEngine
+from tests.eval_served import ADDRESS, asked_both_ways
 from tests.server_process import write_small_model
 
 CHATS = ChatSet(num_prompts=3, max_tokens=10)
 LENGTH = 512
-ADDRESS = ServerAddress("http://test/v1", concurrency=1)
 
 
 def config_of(folder: Path, seed: int) -> EngineConfig:
@@ -63,15 +59,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> InProcess:
 def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Another model of bytes, in process and behind the server's routes."""
     config = config_of(write_small_model(tmp_path_factory.mktemp("other")), 1)
-    engine = Engine.from_config(config)
-    assert engine.tokenizer is not None
-    settings = ServerSettings(model_names=("bytes",), max_model_len=LENGTH, vocab_size=256)
-    app = create_app(InProcessEngine(engine), engine.tokenizer, settings)
-    with TestClient(app, base_url="http://test") as client:
-        yield {
-            "http": OverHTTP(ADDRESS, client),
-            "in process": InProcess(LLM.over(Engine.from_config(config), config)),
-        }
+    with asked_both_ways(config) as subjects:
+        yield subjects
 
 
 def run(subject: Any, base: InProcess, path: Path, chats: ChatSet = CHATS) -> Record:

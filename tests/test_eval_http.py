@@ -11,29 +11,22 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from nsa_serve.config import EngineConfig
-from nsa_serve.engine.engine import Engine
 from nsa_serve.errors import ConfigError, EvaluationStopped
 from nsa_serve.evaluate import cli as room
 from nsa_serve.evaluate.flags import NeedleFlags, parse_contexts
 from nsa_serve.evaluate.haystack import Haystack, read_documents, sentences_of
-from nsa_serve.evaluate.in_process import InProcess
 from nsa_serve.evaluate.needle import NeedleGrid, run_needles
 from nsa_serve.evaluate.over_http import OverHTTP, ServerAddress
 from nsa_serve.evaluate.perplexity import Windows, run_perplexity
 from nsa_serve.evaluate.record import Record
 from nsa_serve.evaluate.subject import Question, Subject
-from nsa_serve.llm import LLM
 from nsa_serve.server import cli
-from nsa_serve.server.app import create_app
-from nsa_serve.server.settings import ServerSettings
-from tests.in_process import InProcessEngine
+from tests.eval_served import ADDRESS, asked_both_ways
 from tests.server_process import write_small_model
 
-ADDRESS = ServerAddress("http://test/v1", concurrency=1)
 LENGTH = 4096
 
 
@@ -45,15 +38,8 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sub
         model=str(folder), random_weights=True, device="cpu", attention="nsa", dtype="float32",
         kv_cache_memory_bytes=16 << 20, max_model_len=LENGTH, max_num_batched_tokens=512,
     )  # fmt: skip
-    engine = Engine.from_config(config)
-    assert engine.tokenizer is not None
-    settings = ServerSettings(model_names=("bytes",), max_model_len=LENGTH, vocab_size=256)
-    app = create_app(InProcessEngine(engine), engine.tokenizer, settings)
-    with TestClient(app, base_url="http://test") as client:
-        yield {
-            "http": OverHTTP(ADDRESS, client),
-            "in process": InProcess(LLM.over(Engine.from_config(config), config)),
-        }
+    with asked_both_ways(config) as both:
+        yield both
 
 
 def results(subjects: dict[str, Subject], run: Callable[[Subject, str], Any]) -> list[Any]:

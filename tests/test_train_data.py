@@ -26,9 +26,7 @@ from nsa_serve.train.readers import Source
 from nsa_serve.train.sequences import ANSWER, TEXT, UNUSED, SequenceWriter, lengths_of
 from nsa_serve.train.tasks import KINDS, Split, lookup
 
-from .tiny_training import load_tokenizer, make_corpus
-
-PASSAGES = ["The ship left at dawn with the tide.", "Snow fell on the hills for a week."]
+from .tiny_training import PASSAGES, load_tokenizer, make_corpus
 
 
 @pytest.fixture(scope="module")

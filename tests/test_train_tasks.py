@@ -17,10 +17,9 @@ from nsa_serve.train.tasks import KINDS, Split, needle_among_alike
 from nsa_serve.train.values import VALUES, draw_value, look_alike
 
 from .eval_subjects import Reader
-from .tiny_training import load_tokenizer, make_corpus
+from .tiny_training import PASSAGES, load_tokenizer, make_corpus
 
 TRAIN, HELD_OUT = PHRASES[Split.TRAIN], PHRASES[Split.HELD_OUT]
-PASSAGES = ["The ship left at dawn with the tide.", "Snow fell on the hills for a week."]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from nsa_serve.train.trainer import LossWeights, Rates, Trainer
 
 from .checkpoints import CPU, TINY_LLAMA, TINY_NSA, open_model, write_checkpoint
 
+PASSAGES = ["The ship left at dawn with the tide.", "Snow fell on the hills for a week."]
 VOCAB = 49_152  # of the embedded model's tokenizer
 RANKS = {"qkv": 8, "o": 4, "gate_up": 4, "down": 4}
 _SENTENCES = (
