@@ -26,6 +26,7 @@ from .sampling import sample
 from .select_blocks import block_scores, select_blocks
 from .selected_attention import selected_attention
 from .sparse_training import selected_with_lse, sparse_backward, window_with_lse
+from .swiglu_product import swiglu_product
 from .window_attention import window_attention
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "sparse_attention",
     "sparse_backward",
     "swiglu",
+    "swiglu_product",
     "token_logprobs",
     "window_attention",
     "window_with_lse",

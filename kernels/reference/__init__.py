@@ -9,7 +9,7 @@ from .dense_attention import dense_attention
 from .gated_fusion import gated_fusion, sparse_attention
 from .kv_write import kv_write
 from .linear import linear
-from .norm_rope import add_rms_norm, qkv_norm_rope, rms_norm, swiglu
+from .norm_rope import add_rms_norm, qkv_norm_rope, rms_norm, swiglu, swiglu_product
 from .sampling import add_bias, apply_penalties, gumbel_noise, mask_logits, sample, token_logprobs
 from .select_blocks import block_scores, select_blocks
 from .selected_attention import selected_attention
@@ -44,6 +44,7 @@ __all__ = [
     "sparse_attention",
     "sparse_backward",
     "swiglu",
+    "swiglu_product",
     "token_logprobs",
     "window_attention",
     "window_with_lse",

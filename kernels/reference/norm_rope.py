@@ -93,3 +93,9 @@ def swiglu(gate_up: Tensor, *, uniform: bool = False) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     silu = uniform_silu if uniform else F.silu
     return silu(gate.float()).mul_(up).to(gate_up.dtype)
+
+
+def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``swiglu`` [T, I] of the product of ``x`` [T, H] and ``weight`` [2·I, H]."""
+    check(x.shape[1] == weight.shape[1], "x and weight differ in width", x=x, weight=weight)
+    return swiglu(F.linear(x, weight))

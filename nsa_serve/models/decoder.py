@@ -16,7 +16,7 @@ from .config import ModelConfig, PhiConfig
 from .families.placement import fused_rows
 from .four_bit import FourBitWeight
 from .freed_memory import keep_freed_memory
-from .layers import activation_dtype, build_linear
+from .layers import Linear, activation_dtype, build_linear
 from .product_cache import bound_product_caches
 from .rope import Rotary, build_rotary
 from .step import StepInputs
@@ -84,8 +84,16 @@ class DecoderLayer:
         x, residual = ops.add_rms_norm(
             self.o(attended.flatten(1)), residual, self.post_norm, eps=config.rms_norm_eps
         )
-        activated = ops.swiglu(self.gate_up(x), uniform=step.batch.uniform)
-        return self.down(activated), residual
+        return self.down(self._activated(x, step)), residual
+
+    def _activated(self, x: Tensor, step: StepInputs) -> Tensor:
+        """silu(gate) · up [T, I] of x [T, H]."""
+        gate_up = self.gate_up
+        if type(gate_up) is Linear and gate_up.bias is None:
+            out: Tensor = self.ops.swiglu_product(x, gate_up.weight)
+        else:
+            out = self.ops.swiglu(gate_up(x), uniform=step.batch.uniform)
+        return out
 
     def _gate_logits(self, fused: Tensor) -> Tensor | None:
         """[T, Hq, 3], in the order compressed, selected, window; None without learned gates."""
