@@ -41,8 +41,8 @@ class CompressedTiles:
     score_parts: int = 16  # at most so many
     score_heads: int = 2  # merged by one program in turn; how many fixes the order of sums
     score_warps: int = 2
-    select_blocks: int = 4096  # blocks ranked by one program
-    select_warps: int = 4
+    select_blocks: int = 8192  # blocks ranked by one program
+    select_warps: int = 4  # at least; one per 1,024 blocks
     scratch_bytes: int = 512 << 20
 
 
@@ -227,7 +227,7 @@ def _launch_selection(
         HKV=plan.hkv, PAGE=nsa.page, SELECTED=n, SELECTED_PAD=n_pad,
         CHUNK=plan.chunk, CHUNKS=plan.chunks, SIZES=_tile_sizes(plan.chunk),
         PDL=plan.pdl, launch_pdl=plan.pdl,
-        num_warps=tiles.select_warps,
+        num_warps=max(tiles.select_warps, plan.chunk // 1024),
     )  # fmt: skip
     if plan.chunks > 1:
         candidates = plan.chunks * n
