@@ -58,10 +58,18 @@ def dialogues(
     seed: int = 0,
     device: str = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="answered at a time")] = 256,
+    kv_cache_memory_bytes: Annotated[
+        int | None, typer.Option(help="for a device that is shared")
+    ] = None,
 ) -> None:
     """Let the dense base answer ordinary prompts, for the run to keep what it says."""
     llm = LLM(
-        model, attention="dense", device=device, max_num_seqs=max_num_seqs, max_model_len=1024
+        model,
+        attention="dense",
+        device=device,
+        max_num_seqs=max_num_seqs,
+        max_model_len=1024,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
     )
     prompts = draw_prompts(seed, count, read_topics(Corpus.open(corpus), llm.tokenizer))
     talks = hold_dialogues(llm, prompts, seed=seed)
