@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -77,6 +77,7 @@ class ScheduleConfig:
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 16 << 20
     request_timeout: float | None = None  # seconds that a request may take at most
+    interactive: bool = True  # somebody waits for single tokens, not only for all answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,10 @@ class EngineConfig:
         top = sections.pop("", {})
         built = {name: _SECTIONS[name](**values) for name, values in sections.items()}
         return cls(**built, **top).validate()
+
+    def for_throughput(self) -> EngineConfig:
+        """The same for whoever waits for all answers and for no single token."""
+        return replace(self, schedule=replace(self.schedule, interactive=False))
 
     def validate(self) -> EngineConfig:
         """Return self, or raise ``ConfigError`` with the flag and the number that can't work."""

@@ -50,11 +50,12 @@ class LLM:
     """A model in this process. Not for several threads at once.
 
     Flags are those of the server, with underscores: ``LLM(model, attention="nsa")``.
+    Nobody waits for single tokens here, so that steps are filled (``interactive=False``).
     Raises ``ConfigError`` or ``CheckpointError`` where the model can't be loaded.
     """
 
     def __init__(self, model: str = EMBEDDED_MODEL, **flags: Any) -> None:
-        config = EngineConfig.from_flags(model=model, **flags)
+        config = EngineConfig.from_flags(**{"model": model, "interactive": False, **flags})
         self._begin(config, Engine.from_config(config))
 
     @classmethod

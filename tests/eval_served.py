@@ -12,7 +12,6 @@ from nsa_serve.engine.engine import Engine
 from nsa_serve.evaluate.in_process import InProcess
 from nsa_serve.evaluate.over_http import OverHTTP, ServerAddress
 from nsa_serve.evaluate.subject import Subject
-from nsa_serve.llm import LLM
 from nsa_serve.server.app import create_app
 from nsa_serve.server.settings import ServerSettings
 from tests.in_process import InProcessEngine
@@ -33,5 +32,5 @@ def asked_both_ways(config: EngineConfig) -> Iterator[dict[str, Subject]]:
     with TestClient(app, base_url="http://test") as client:
         yield {
             "http": OverHTTP(ADDRESS, client),
-            "in process": InProcess(LLM.over(Engine.from_config(config), config)),
+            "in process": InProcess.load(config),
         }

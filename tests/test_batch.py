@@ -293,6 +293,21 @@ def test_what_can_not_be_run_is_told_in_one_line(tmp_path, monkeypatch, argument
     assert result.stderr.count("\n") == 1
 
 
+def test_a_run_fills_its_steps_since_nobody_waits_for_single_tokens(tmp_path, monkeypatch):
+    configs = []
+
+    async def refuse(config):
+        configs.append(config)
+        raise ConfigError("far enough")
+
+    room = importlib.import_module("nsa_serve.server.batch.run")
+    monkeypatch.setattr(room, "start_engine", refuse)
+    (tmp_path / "in").write_text(line("a"))
+    arguments = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")]
+    CliRunner().invoke(cli.app, ["run-batch", *arguments])
+    assert [config.schedule.interactive for config in configs] == [False]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, monkeypatch, number):
     async def never(config):

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nsa_serve.config import EngineConfig
+from nsa_serve.engine.engine import Engine
 from nsa_serve.errors import ConfigError, EvaluationStopped
 from nsa_serve.evaluate import cli as room
 from nsa_serve.evaluate.flags import NeedleFlags, parse_contexts
@@ -40,6 +41,21 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sub
     )  # fmt: skip
     with asked_both_ways(config) as both:
         yield both
+
+
+def test_a_model_in_this_process_fills_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[EngineConfig] = []
+
+    def build(config: EngineConfig) -> Any:
+        built.append(config)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(Engine, "from_config", build)
+    with pytest.raises(ConfigError, match="far enough"), NeedleFlags(model=str(tmp_path)).subject():
+        pass
+    assert [config.schedule.interactive for config in built] == [False]
 
 
 def results(subjects: dict[str, Subject], run: Callable[[Subject, str], Any]) -> list[Any]:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nsa_serve.config import EngineConfig
 from nsa_serve.errors import ConfigError, EvaluationStopped
 from nsa_serve.evaluate.haystack import Haystack, read_documents, sentences_of
 from nsa_serve.evaluate.heatmap import save_heatmap
-from nsa_serve.evaluate.in_process import with_large_steps
 from nsa_serve.evaluate.needle import ANSWER_TOKENS, NeedleGrid, run_needles
 from nsa_serve.evaluate.record import Record
 from nsa_serve.evaluate.scoring import holds
@@ -162,16 +160,3 @@ def test_ones_own_text_is_read(tmp_path: Path) -> None:
     assert sentences_of(read_documents(str(file), None)) == [
         "One sentence.", "Another one!", "And a third?",
     ]  # fmt: skip
-
-
-def test_steps_on_a_gpu_are_large_unless_a_flag_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    plain, told = EngineConfig(), EngineConfig.from_flags(max_num_batched_tokens=4096)
-    large = with_large_steps(plain).schedule.max_num_batched_tokens
-    assert large is not None
-    assert large // 4 >= 8192  # what prompts get beside answers
-    assert with_large_steps(told) is told
-    on_cpu = EngineConfig(device="cpu")
-    assert with_large_steps(on_cpu) is on_cpu

@@ -132,6 +132,16 @@ def test_public_names_are_there_without_loading_torch_for_the_light_ones() -> No
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
+def test_offline_nobody_waits_for_single_tokens_unless_it_is_said(tiny: LLM) -> None:
+    assert not tiny.config.schedule.interactive
+    told = LLM(
+        tiny.config.source.model, random_weights=True, device="cpu", interactive=True,
+        kv_cache_memory_bytes=4 << 20,
+    )  # fmt: skip
+    assert told.config.schedule.interactive
+    assert told.config.for_throughput() == tiny.config
+
+
 def test_flat_flags_become_the_nested_configuration() -> None:
     config = EngineConfig.from_flags(
         model="m",

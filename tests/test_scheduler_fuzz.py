@@ -28,6 +28,7 @@ class Fuzz:
             # The other runs take in more than the cache holds, and preempt.
             far_sighted=draw.random() < 0.4,
             request_timeout=draw.choice([None, None, None, 60.0]),
+            interactive=draw.random() < 0.7,
         )
         self.requests: dict[str, object] = {}
         self.live: set[str] = set()

@@ -39,6 +39,25 @@ def test_beside_one_that_decodes_a_long_prompt_gets_a_quarter():
     assert [sizes(house.step()) for _ in range(3)] == [{"decodes": 1, "long": 8}] * 3
 
 
+def test_where_nobody_waits_for_tokens_prompts_take_what_decodes_leave_in_order():
+    house = Harness(num_blocks=200, max_model_len=700, budget=32, depth=1, interactive=False)
+    house.add("decodes", [2] * 3, max_tokens=50, ignore_eos=True)
+    house.step()
+    house.add("long", [1] * 60, max_tokens=1)
+    house.add("short", [3] * 4, max_tokens=1)
+    plans = [house.step() for _ in range(2)]
+    assert [sizes(plan) for plan in plans] == [
+        {"decodes": 1, "long": 31}, {"decodes": 1, "long": 29, "short": 2},
+    ]  # fmt: skip
+
+
+def test_where_nobody_waits_for_tokens_steps_are_planned_behind_whole_ones():
+    house = long_house(budget=32, depth=1, interactive=False)
+    assert [sizes(house.launch()) for _ in range(2)] == [{"long": 32}] * 2
+    house.apply()
+    house.drain()
+
+
 def test_short_prompts_share_the_next_step_with_a_quarter_of_the_long_one():
     house = long_house(budget=32)
     house.step()

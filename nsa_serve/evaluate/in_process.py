@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
-
-import torch
 
 from ..config import EngineConfig
 from ..engine.build import build_parts
@@ -16,21 +13,6 @@ from ..llm import LLM, RequestResult
 from ..request import MAX_LOGPROBS, FinishReason, SamplingParams, TokenLogprob
 from .ablation import Ablation, ablate
 from .subject import Answer, Candidates, Question
-
-# Tokens of a step on a GPU where no flag says it.
-_GPU_STEP = 32_768
-
-
-def with_large_steps(config: EngineConfig) -> EngineConfig:
-    """``config`` with steps on a GPU that suit whoever waits for all answers and for no token.
-
-    Beside answers that are being written long prompts get a quarter of a step together, so that
-    steps sized for a server would be many and small.
-    """
-    asked = config.schedule.max_num_batched_tokens
-    if asked is not None or config.device == "cpu" or not torch.cuda.is_available():
-        return config
-    return replace(config, schedule=replace(config.schedule, max_num_batched_tokens=_GPU_STEP))
 
 
 class InProcess:
@@ -46,7 +28,7 @@ class InProcess:
 
         Raises ``ConfigError`` or ``CheckpointError``.
         """
-        config = with_large_steps(config)
+        config = config.for_throughput()
         if ablation is None:
             return cls(LLM.over(Engine.from_config(config), config))
         parts = build_parts(config)

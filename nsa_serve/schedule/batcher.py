@@ -18,17 +18,20 @@ class Batcher:
     in the step. So the first always gets its blocks in the end, and alone it fits: it was accepted.
     """
 
-    def __init__(self, roster: Roster, cache: CacheManager, token_budget: int) -> None:
+    def __init__(
+        self, roster: Roster, cache: CacheManager, token_budget: int, *, interactive: bool
+    ) -> None:
         self._roster = roster
         self._cache = cache
         self._token_budget = token_budget
+        self._interactive = interactive
         self._lengths = roster.lengths
         # First in the queue that didn't fit, and when that was: blocks to be had, requests gone.
         self._blocked: tuple[int, int, int] | None = None
 
     def fill(self, step_id: int, now: float) -> Draft:
         """A step, perhaps without a chunk: then nothing can run now."""
-        draft = Draft(step_id, self._token_budget)
+        draft = Draft(step_id, self._token_budget, self._interactive)
         prefills = self._place_decodes(draft, now)
         longs = [request for request in prefills if draft.is_long(request)]
         if longs:

@@ -10,6 +10,9 @@ So a short prompt, wherever in a long one's prefill it comes, waits for one whol
 computed in the step after, and requests that decode beside a long prompt get a token each
 quarter chunk. Of the long prompts' part the first in the order gets at least half, and the one
 that lacks least the other half: it need not wait for all of one that is far longer.
+
+Where nobody waits for single tokens (``interactive`` is false) no prompt is long: each takes, in
+the order, what is left of the budget, so that no step is smaller than it could be.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class Draft:
 
     step_id: int
     budget: int  # tokens
+    interactive: bool = True
     left: int = field(init=False)  # tokens of the budget
     kept: int = 0  # of them for long prompts
     chunks: list[ScheduledChunk] = field(default_factory=list)
@@ -50,7 +54,8 @@ class Draft:
         return self.left - self.kept
 
     def is_long(self, request: Request) -> bool:
-        return request.num_tokens - request.num_computed > long_share(self.budget)
+        lacking = request.num_tokens - request.num_computed
+        return self.interactive and lacking > long_share(self.budget)
 
     def keep_for_long(self, *, is_first: bool) -> None:
         """There are long prompts. Of a last token, the first of all prompts in the order has it."""

@@ -80,7 +80,7 @@ class Scheduler:
         self._depth = depth
         lengths = OutputLengths() if lengths is None else lengths
         self._roster = Roster(config, cache, max_model_len, self.stats, lengths)
-        self._batcher = Batcher(self._roster, cache, token_budget)
+        self._batcher = Batcher(self._roster, cache, token_budget, interactive=config.interactive)
         self._launched: deque[_Launched] = deque()
         self._next_step = 0
         self._last_applied = 0.0

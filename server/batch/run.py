@@ -35,7 +35,7 @@ def run_batch(flags: BatchFlags) -> int:
     Raises ``ConfigError`` or ``CheckpointError`` for what can't be run, and ``BatchStopped`` for
     a run that could not go on.
     """
-    config = flags.engine_config()
+    config = flags.engine_config().for_throughput()
     with _opened(flags.input_file) as lines:
         _refuse_same(flags)
         with (
