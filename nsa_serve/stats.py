@@ -60,6 +60,8 @@ class StatsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int  # gauge
     num_waiting: int  # gauge
     num_queued_tokens: int = 0  # gauge: prompt tokens of those that wait
+    num_prefill_tokens: int = 0  # gauge: prompt tokens that those who run still lack
+    oldest_prefill: float = 0.0  # gauge: share that is computed of the oldest such prompt, 0 to 1
     prefill_tokens_per_s: float = 0.0  # gauge: as measured of late; 0 before that
     retry_after: int = 1  # gauge: seconds after which who is refused now should come again
     num_blocks: int  # gauge
@@ -140,6 +142,8 @@ class EngineStats:
         num_running: int,
         num_waiting: int,
         num_queued_tokens: int = 0,
+        num_prefill_tokens: int = 0,
+        oldest_prefill: float = 0.0,
         prefill_tokens_per_s: float = 0.0,
         retry_after: int = 1,
         num_blocks: int,
@@ -151,6 +155,8 @@ class EngineStats:
             num_running=num_running,
             num_waiting=num_waiting,
             num_queued_tokens=num_queued_tokens,
+            num_prefill_tokens=num_prefill_tokens,
+            oldest_prefill=oldest_prefill,
             prefill_tokens_per_s=prefill_tokens_per_s,
             retry_after=retry_after,
             num_blocks=num_blocks,

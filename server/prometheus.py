@@ -99,6 +99,12 @@ _NUMBERS = (
         "num_queued_tokens", "Prompt tokens in the queue", lambda s: s.num_queued_tokens, False
     ),
     _Counted(
+        "num_prefill_tokens",
+        "Prompt tokens that requests in the batch lack",
+        lambda s: s.num_prefill_tokens,
+        False,
+    ),
+    _Counted(
         "prefill_tokens_per_second",
         "Prompt tokens computed in a second, of late",
         lambda s: s.prefill_tokens_per_s,

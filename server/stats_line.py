@@ -35,7 +35,7 @@ def is_busy(before: StatsSnapshot, now: StatsSnapshot) -> bool:
 
 
 def stats_line(before: StatsSnapshot, now: StatsSnapshot, seconds: float) -> str:
-    """Requests, throughput over the last ``seconds``, cache use, hit rate since the start.
+    """Requests, prompts under way, throughput over ``seconds``, cache use, hits since the start.
 
     What is 0 is left out.
     """
@@ -44,6 +44,11 @@ def stats_line(before: StatsSnapshot, now: StatsSnapshot, seconds: float) -> str
     hits = 100 * now.prefix_hits / now.prefix_queries if now.prefix_queries else 0.0
     groups = (
         (f"running {now.num_running}", f"waiting {now.num_waiting}"),
+        (
+            f"prompt tokens waiting {now.num_queued_tokens:,}",
+            f"left in prefill {now.num_prefill_tokens:,}",
+            f"oldest {100 * now.oldest_prefill:.0f}% done",
+        ),
         (f"prompt {prompt:.1f} tokens/s", f"generation {generated:.1f} tokens/s"),
         (f"cache in use {100 * now.cache_usage:.1f}%", f"prefix hits {hits:.1f}%"),
     )

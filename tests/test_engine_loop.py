@@ -63,6 +63,13 @@ def test_a_submitted_request_is_reported_step_by_step_then_the_loop_waits() -> N
     assert port.timeouts == [None, 0.0, 0.0, IDLE_SECONDS, None]
 
 
+def test_before_its_first_step_an_idle_engine_tells_what_has_come() -> None:
+    submitted = Submit(make_request("a", range(3, 11), max_tokens=1))
+    first, *rest = run(Bench({"a": [9]}), [submitted]).reports
+    assert (first.stats.num_waiting, first.stats.num_queued_tokens, first.outputs) == (1, 8, [])
+    assert len(rest[0].outputs) == 1
+
+
 @pytest.mark.parametrize(("sent", "arrival"), [(None, 20.0), (17.5, 17.5), (21.0, 20.0)])
 def test_a_request_has_arrived_when_it_was_sent_and_not_when_the_loop_turned(
     sent: float | None, arrival: float
@@ -91,7 +98,7 @@ def test_a_survey_is_answered_once_with_who_holds_what() -> None:
 def test_outputs_of_one_step_travel_in_one_report() -> None:
     submits = [Submit(make_request(f"r{i}", max_tokens=2)) for i in range(8)]
     port = run(Bench({f"r{i}": [9] for i in range(8)}), list(submits))
-    assert [len(report.outputs) for report in port.reports] == [8, 8, 0]
+    assert [len(report.outputs) for report in port.reports] == [0, 8, 8, 0]
 
 
 def test_a_refused_request_is_rejected_with_everything_about_the_error() -> None:

@@ -257,6 +257,28 @@ def test_retry_after_is_the_time_to_compute_half_of_the_queue_at_the_measured_sp
     assert house.scheduler.snapshot().prefill_tokens_per_s == pytest.approx(5)
 
 
+def test_the_snapshot_tells_how_far_the_prompts_that_run_are_and_the_oldest_of_them():
+    house = Harness(budget=8, num_blocks=128)
+
+    def told():
+        snapshot = house.scheduler.snapshot()
+        return snapshot.num_queued_tokens, snapshot.num_prefill_tokens, snapshot.oldest_prefill
+
+    house.add("long", list(range(1, 41)), max_tokens=1)
+    assert told() == (40, 0, 0.0)
+    house.launch()
+    assert told() == (0, 32, 0.2)
+    house.apply()
+    house.add("other", list(range(100, 140)), max_tokens=1)
+    house.launch()
+    queued, left, share = told()
+    assert (queued, left) == (0, 32 + 40 - 8)
+    assert 0.2 < share < 0.4
+    house.apply()
+    house.drain()
+    assert told() == (0, 0, 0.0)
+
+
 def test_retry_after_covers_what_a_queue_full_of_tokens_lacks_for_this_prompt():
     house = Harness(max_num_queued_tokens=50, budget=5)
     house.add("measured", [1] * 20, max_tokens=1)

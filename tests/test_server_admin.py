@@ -198,6 +198,16 @@ def test_the_line_of_statistics_tells_of_the_last_seconds():
         ({"generation_tokens": 107}, {"num_running": 3}, "running 3 · generation 10.0 tokens/s"),
         ({"prompt_tokens": 3}, {"num_waiting": 1}, "waiting 1 · prompt 0.3 tokens/s"),
         ({}, {"num_blocks_in_use": 1}, "cache in use 12.5%"),
+        (
+            {},
+            {"num_running": 1, "num_prefill_tokens": 28672, "oldest_prefill": 0.3},
+            "running 1 · left in prefill 28,672, oldest 30% done",
+        ),
+        (
+            {},
+            {"num_waiting": 2, "num_queued_tokens": 4100},
+            "waiting 2 · prompt tokens waiting 4,100",
+        ),
         ({}, {}, "running 0"),
     ],
 )

@@ -36,7 +36,10 @@ class Port(Protocol):
 
 
 class EngineLoop:
-    """Runs until a ``Shutdown``. A turn takes all commands, makes a step, sends one report."""
+    """Runs until a ``Shutdown``. A turn takes all commands, makes a step, sends one report.
+
+    Where an idle engine gets work, another report goes before the step.
+    """
 
     def __init__(
         self, engine: Engine, port: Port, clock: Callable[[], float] = time.monotonic
@@ -57,10 +60,14 @@ class EngineLoop:
 
     def turn(self) -> None:
         """One turn: waits for a command where there is no work."""
+        was_idle = not self._engine.has_work
         commands = self._port.receive(self._patience())
         for command in commands:
             self._handle(command)
         busy = self._engine.has_work
+        if busy and was_idle:
+            # The step may be long, and who asks meanwhile would be told of an idle engine.
+            self._send_report()
         if busy:
             self._outputs += self._engine.step(self._clock())
             self._checked = False

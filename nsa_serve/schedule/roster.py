@@ -60,6 +60,15 @@ class Roster:
     def num_waiting(self) -> int:
         return len(self.requests) - len(self.running)
 
+    def prefill(self) -> tuple[int, float]:
+        """Prompt tokens that those who run lack; the share computed of the oldest such prompt."""
+        lacking = [r for r in self.running if r.num_computed < r.num_prompt]
+        if not lacking:
+            return 0, 0.0
+        oldest = min(lacking, key=lambda request: request.index)
+        num_tokens = sum(request.num_prompt - request.num_computed for request in lacking)
+        return num_tokens, oldest.num_computed / oldest.num_prompt
+
     @property
     def awaits_mask(self) -> bool:
         """Whether some request waits for its grammar, and others perhaps for its blocks."""

@@ -210,10 +210,13 @@ class Scheduler:
     def snapshot(self) -> StatsSnapshot:
         """All counters and gauges at this moment."""
         door = self._roster.door
+        num_prefill_tokens, oldest_prefill = self._roster.prefill()
         return self.stats.snapshot(
             num_running=self.num_running,
             num_waiting=self.num_waiting,
             num_queued_tokens=door.queued_tokens,
+            num_prefill_tokens=num_prefill_tokens,
+            oldest_prefill=oldest_prefill,
             prefill_tokens_per_s=door.speed.tokens_per_s or 0.0,
             retry_after=door.retry_after(),
             num_blocks=self._cache.num_blocks,
