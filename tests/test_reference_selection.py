@@ -1,6 +1,7 @@
 """Compressed attention, block scores and the choice of blocks against the oracle."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from nsa_serve.kernels import reference
 from nsa_serve.kernels.contracts import ContractError
-from nsa_serve.kernels.reference.select_blocks import select_for_one
+from nsa_serve.kernels.reference.select_blocks import select_for_one, spread_over_blocks
 from nsa_serve.kernels.shapes import NSAShape
 from tests import oracle
 from tests.strategies import HEADS, SHAPES, Ragged, RaggedPlan, make_ragged, ragged_plans
@@ -109,6 +110,42 @@ def test_scores_are_not_computed_where_every_block_is_chosen(
     assert_compressed(case, None, selection, 0.0)
 
 
+@pytest.mark.parametrize("with_output", [True, False])
+@pytest.mark.parametrize("budget", [1, 1 << 19])
+@pytest.mark.parametrize(
+    "lengths", [[(500, 3), (400, 1), (20, 2)], [(1000, 1)], [(290, 1)], [(200, 1), (31, 2)]]
+)
+def test_ranked_blocks_are_a_wider_selection_by_the_same_scores(
+    lengths: list[tuple[int, int]],
+    budget: int,
+    with_output: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = make_ragged(HEADS[1], SHAPES[0], lengths, 5, pad_tokens=len(lengths) - 1)
+    passes: list[Tensor] = []
+
+    def counted(mass: Tensor, nsa: NSAShape) -> Tensor:
+        passes.append(mass)
+        return spread_over_blocks(mass, nsa)
+
+    def select(nsa: NSAShape, ranked: Tensor | None = None) -> tuple[Tensor, int]:
+        passes.clear()
+        _, selection = reference.compressed_attention(
+            case.q, case.compressed, case.batch, nsa=nsa, with_output=with_output, ranked=ranked
+        )
+        return selection, len(passes)
+
+    monkeypatch.setattr(room, "_SCORE_BUDGET", budget)
+    monkeypatch.setattr(room, "spread_over_blocks", counted)
+    wide = replace(case.nsa, num_selected=case.nsa.num_selected + 3)
+    ranked = torch.full((case.batch.num_tokens, case.heads.num_kv, wide.num_selected), 7).int()
+    alone, num_alone = select(case.nsa)
+    beside, num_beside = select(case.nsa, ranked)
+    assert torch.equal(alone, beside)
+    assert num_alone == num_beside
+    assert torch.equal(ranked, select(wide)[0])
+
+
 @settings(max_examples=60)
 @given(
     st.sampled_from(SHAPES),
@@ -160,12 +197,11 @@ def test_selection_is_forced_then_by_score_then_by_index(
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(SHAPES), st.integers(0, 2000), st.integers(1, 6), st.integers(0, 1000))
+@given(st.sampled_from(SHAPES), st.integers(-1, 2500), st.integers(1, 6), st.integers(0, 1000))
 def test_one_token_alone_selects_as_many_do(
-    nsa: NSAShape, beyond: int, distinct: int, seed: int
+    nsa: NSAShape, position: int, distinct: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    position = nsa.dense_len + beyond
     blocks = position // nsa.page + 2
     scores = torch.randint(-1, distinct, (1, 2, blocks), generator=generator) / 7
     want = reference.select_blocks(scores, torch.tensor([position]), nsa=nsa)

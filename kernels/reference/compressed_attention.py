@@ -47,26 +47,31 @@ def compressed_attention(
         k=compressed.k,
         nsa=nsa,
     )
+    heads = compressed.k.shape[1]
     if ranked is not None:
-        check_ranked(ranked, compressed.k.shape[1], batch, nsa)
-        _rank(q, compressed, batch, nsa, ranked)
+        check_ranked(ranked, heads, batch, nsa)
     if batch.max_context_len <= nsa.dense_len and not with_output:
-        return None, every_block(batch, compressed.k.shape[1], nsa)
+        _choose(None, batch.positions, heads, nsa, ranked)
+        return None, every_block(batch, heads, nsa)
     if batch.uniform or (q.shape[0] == 1 and int(batch.positions[0]) >= 0):
-        return _one_by_one(q, compressed, batch, nsa, with_output)
+        return _one_by_one(q, compressed, batch, nsa, with_output, ranked)
     tokens, step = short_tokens(batch), _tokens_per_pass(q, batch.max_context_len, nsa)
     if tokens is None and q.shape[0] <= step:
-        return _by_token(q, compressed, batch, batch.positions, batch.token_rows, nsa, with_output)
+        out, scores = _by_token(
+            q, compressed, batch, batch.positions, batch.token_rows, nsa, with_output
+        )
+        return out, _choose(scores, batch.positions, heads, nsa, ranked)
     out = q.new_zeros(q.shape[0], q.shape[1], compressed.v.shape[3]) if with_output else None
-    selection = first_blocks(batch.positions, compressed.k.shape[1], nsa)
+    selection = first_blocks(batch.positions, heads, nsa)
     if tokens is None:
         tokens = torch.arange(q.shape[0], device=q.device)
     for start in range(0, tokens.shape[0], step):
         part = tokens[start : start + step]
         positions, rows = batch.positions[part], batch.token_rows[part]
-        attended, selection[part] = _by_token(
-            q[part], compressed, batch, positions, rows, nsa, with_output
-        )
+        attended, scores = _by_token(q[part], compressed, batch, positions, rows, nsa, with_output)
+        # Ranked are short steps, in which the passes are over all tokens.
+        best = None if ranked is None else ranked[start : start + step]
+        selection[part] = _choose(scores, positions, heads, nsa, best)
         if out is not None and attended is not None:
             out[part] = attended
     for row in long_rows(batch):
@@ -74,16 +79,25 @@ def compressed_attention(
     return out, selection
 
 
-def _rank(
-    q: Tensor, compressed: CompressedKV, batch: StepBatch, nsa: NSAShape, ranked: Tensor
-) -> None:
-    """Fill ``ranked`` [T, Hkv, m] as if m blocks were selected."""
-    wide = replace(nsa, num_selected=ranked.shape[2])
-    step = _tokens_per_pass(q, batch.max_context_len, nsa)
-    for start in range(0, q.shape[0], step):
-        part = slice(start, start + step)
-        positions, rows = batch.positions[part], batch.token_rows[part]
-        _, ranked[part] = _by_token(q[part], compressed, batch, positions, rows, wide, False)
+def _choose(
+    scores: Tensor | None,
+    positions: Tensor,
+    num_kv_heads: int,
+    nsa: NSAShape,
+    ranked: Tensor | None = None,
+) -> Tensor:
+    """The selection [t, Hkv, n] by ``scores`` [t, Hkv, NB]; ``ranked`` [t, Hkv, m] is filled.
+
+    There are no scores where no token has more than n blocks.
+    """
+    if ranked is not None:
+        wide = replace(nsa, num_selected=ranked.shape[2])
+        ranked.copy_(_choose(scores, positions, num_kv_heads, wide))
+    if scores is None:
+        return first_blocks(positions, num_kv_heads, nsa)
+    if scores.shape[0] == 1:
+        return select_for_one(scores[0], int(positions[0]), nsa)[None]
+    return select_blocks(scores, positions, nsa=nsa)
 
 
 def _tokens_per_pass(q: Tensor, context_len: int, nsa: NSAShape) -> int:
@@ -97,12 +111,23 @@ def _num_visible(positions: Tensor, nsa: NSAShape) -> Tensor:
 
 
 def _one_by_one(
-    q: Tensor, compressed: CompressedKV, batch: StepBatch, nsa: NSAShape, with_output: bool
+    q: Tensor,
+    compressed: CompressedKV,
+    batch: StepBatch,
+    nsa: NSAShape,
+    with_output: bool,
+    ranked: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """Each token by itself, so that its sums depend on its own context alone."""
-    parts = [_lone_token(q, compressed, batch, at, nsa, with_output) for at in range(q.shape[0])]
-    outs = [out for out, _ in parts if out is not None]
-    return _stacked(outs) if with_output else None, _stacked([chosen for _, chosen in parts])
+    outs, selections = [], []
+    for token in range(q.shape[0]):
+        out, scores = _lone_token(q, compressed, batch, token, nsa, with_output)
+        own = slice(token, token + 1)
+        best = None if ranked is None else ranked[own]
+        selections.append(_choose(scores, batch.positions[own], compressed.k.shape[1], nsa, best))
+        if out is not None:
+            outs.append(out)
+    return _stacked(outs) if with_output else None, _stacked(selections)
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
@@ -116,17 +141,19 @@ def _lone_token(
     token: int,
     nsa: NSAShape,
     with_output: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """One token of ``q`` [T, Hq, Dk]: what it sees is a plain slice, without masks."""
-    own = slice(token, token + 1)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Output [1, Hq, Dv] and block scores [1, Hkv, NB], if it has more than n, of one token.
+
+    What it sees is a plain slice, without masks.
+    """
     position, row = int(batch.positions[token]), int(batch.token_rows[token])
     if position < nsa.dense_len and not with_output:
-        return None, first_blocks(batch.positions[own], compressed.k.shape[1], nsa)
+        return None, None
     visible = nsa.num_visible(position)
     blocks = batch.block_table[row, None, : position // nsa.page + 1]
     entries = slice(nsa.overlap - 1, nsa.overlap - 1 + visible)
     k = gather_pages(compressed.k, blocks).float()  # [Hkv, m·P/d, Dk]
-    queries = q[own].float().reshape(k.shape[0], -1, q.shape[2])  # [Hkv, G, Dk]
+    queries = q[token].float().reshape(k.shape[0], -1, q.shape[2])  # [Hkv, G, Dk]
     scores = torch.bmm(queries, k.transpose(1, 2))[..., entries]
     p = (scores * q.shape[2] ** -0.5).softmax(-1)
     out = None
@@ -134,9 +161,8 @@ def _lone_token(
         v = gather_pages(compressed.v, blocks)[:, entries].float()
         out = torch.bmm(p, v).view(1, q.shape[1], -1).to(q.dtype)
     if position < nsa.dense_len:
-        return out, first_blocks(batch.positions[own], k.shape[0], nsa)
-    scores = spread_over_blocks(p.sum(1), nsa)
-    return out, select_for_one(scores, position, nsa)[None]
+        return out, None
+    return out, spread_over_blocks(p.sum(1), nsa)[None]
 
 
 def _by_token(
@@ -147,8 +173,11 @@ def _by_token(
     rows: Tensor,
     nsa: NSAShape,
     with_output: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """Output and selection of tokens ``q`` [t, Hq, Dk], each over its own row's entries."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Output and block scores of tokens ``q`` [t, Hq, Dk], each over its own row's entries.
+
+    Scores are [t, Hkv, NB], or None where no context has more than n blocks.
+    """
     num_pages = -(-batch.max_context_len // nsa.page)
     blocks = batch.block_table[rows.long(), None, :num_pages]  # [t, 1, m]
     k = gather_pages(compressed.k, blocks).float()  # [t, Hkv, m·P/d, Dk]
@@ -165,8 +194,8 @@ def _by_token(
         v = v.masked_fill_(hidden[:, None, :, None], 0).flatten(0, 1)
         out = torch.bmm(p.flatten(0, 1), v).view(*q.shape[:2], -1).to(q.dtype)
     if batch.max_context_len <= nsa.dense_len:
-        return out, first_blocks(positions, k.shape[1], nsa)
-    return out, select_blocks(spread_over_blocks(p.sum(2), nsa), positions, nsa=nsa)
+        return out, None
+    return out, spread_over_blocks(p.sum(2), nsa)
 
 
 def _attend_row(

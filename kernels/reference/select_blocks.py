@@ -58,7 +58,7 @@ def select_blocks(scores: Tensor, positions: Tensor, *, nsa: NSAShape) -> Tensor
 
 
 def select_for_one(scores: Tensor, position: int, nsa: NSAShape) -> Tensor:
-    """``select_blocks`` for one token beyond n pages, scores [Hkv, NB] -> [Hkv, n].
+    """``select_blocks`` for one token at ``position``, scores [Hkv, NB] -> [Hkv, n].
 
     A stable sort of one short row takes a third of the time of building keys for it.
     """
@@ -67,7 +67,9 @@ def select_for_one(scores: Tensor, position: int, nsa: NSAShape) -> Tensor:
     scores[:, : nsa.num_initial] = torch.inf
     scores[:, candidates - nsa.num_local :] = torch.inf
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return order[:, : nsa.num_selected].sort(dim=-1).values.int()
+    chosen = order[:, : nsa.num_selected].sort(dim=-1).values.int()
+    lacking = nsa.num_selected - chosen.shape[1]
+    return F.pad(chosen, (0, lacking), value=-1) if lacking else chosen
 
 
 def every_block(batch: StepBatch, num_kv_heads: int, nsa: NSAShape) -> Tensor:
