@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -13,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from ..errors import (
     BodyTooLarge,
@@ -21,6 +23,7 @@ from ..errors import (
     InvalidParameter,
     ModelNotFound,
     Overloaded,
+    PromptTooLong,
     RequestError,
     RequestTimeout,
     ServerError,
@@ -38,12 +41,16 @@ logger = logging.getLogger("nsa_serve")
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
-    """How one class of errors looks over HTTP. ``public`` replaces messages about our insides."""
+    """How one class of errors looks over HTTP. ``public`` replaces messages about our insides.
+
+    ``plain`` messages have nothing of a request in them but numbers: the log may tell them.
+    """
 
     status: int
     type: str
     code: str | None = None
     public: str | None = None
+    plain: bool = False
 
 
 _INTERNAL = ErrorRow(500, "server_error", "internal_error", "internal server error")
@@ -52,12 +59,13 @@ _INTERNAL = ErrorRow(500, "server_error", "internal_error", "internal server err
 TABLE: tuple[tuple[type[BaseException], ErrorRow], ...] = (
     (ModelNotFound, ErrorRow(404, "invalid_request_error")),
     (TraceNotFound, ErrorRow(404, "invalid_request_error")),
-    (InvalidAPIKey, ErrorRow(401, "authentication_error")),
-    (BodyTooLarge, ErrorRow(413, "invalid_request_error")),
+    (InvalidAPIKey, ErrorRow(401, "authentication_error", plain=True)),
+    (BodyTooLarge, ErrorRow(413, "invalid_request_error", plain=True)),
+    (PromptTooLong, ErrorRow(400, "invalid_request_error", plain=True)),
     (RequestError, ErrorRow(400, "invalid_request_error")),
-    (Overloaded, ErrorRow(503, "overloaded_error", "overloaded")),
+    (Overloaded, ErrorRow(503, "overloaded_error", "overloaded", plain=True)),
     # Not 504: the limit is the request's own or one that holds for all, and no gateway's.
-    (RequestTimeout, ErrorRow(408, "timeout_error", "request_timeout")),
+    (RequestTimeout, ErrorRow(408, "timeout_error", "request_timeout", plain=True)),
     (EngineDead, ErrorRow(500, "server_error", "engine_dead", "the engine has stopped")),
     (
         StepFailed,
@@ -92,7 +100,37 @@ def error_response(error: BaseException) -> JSONResponse:
     if isinstance(error, BodyTooLarge):
         # The rest of the body is not read, so the connection can't carry another request.
         headers["connection"] = "close"
-    return JSONResponse(error_body(error), row_of(error).status, headers)
+    return ErrorAnswer(error_body(error), row_of(error).status, headers, reason_of(error))
+
+
+class ErrorAnswer(JSONResponse):
+    """An error's answer, which leaves its reason where the log finds it."""
+
+    def __init__(
+        self, body: dict[str, Any], status: int, headers: dict[str, str], reason: str
+    ) -> None:
+        super().__init__(body, status, headers)
+        self._reason = reason
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note_reason(scope, self._reason)
+        await super().__call__(scope, receive, send)
+
+
+def note_reason(scope: Scope, reason: str) -> None:
+    """Leave in a request's state why it failed."""
+    scope.setdefault("state", {})["reason"] = reason
+
+
+def reason_of(error: BaseException) -> str:
+    """An error as the log may tell it: of a request nothing but the name of a field."""
+    row = row_of(error)
+    if row.public is not None or row.plain:
+        return row.public or bounded(str(error), MAX_ECHO)
+    kind = re.sub("(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
+    # What follows in a field's path may be the client's own key.
+    field = re.match(r"[a-z_]{1,64}(\[\d+\])?", getattr(error, "param", None) or "")
+    return f"{kind} ({field[0]})" if field else kind
 
 
 def _nested(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
@@ -179,6 +217,5 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     phrase = HTTPStatus(error.status_code).phrase.lower()
     message = f"{phrase}: {request.method} {bounded(request.url.path, MAX_ECHO)}"
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-    return JSONResponse(
-        _nested(message, kind, None, None), error.status_code, dict(error.headers or {})
-    )
+    body = _nested(message, kind, None, None)
+    return ErrorAnswer(body, error.status_code, dict(error.headers or {}), phrase)

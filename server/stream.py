@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..request import RequestOutput, Usage
-from .errors import error_body, error_response, log_failure
+from .errors import error_body, error_response, log_failure, note_reason, reason_of
 from .generation import ClientGone, Generation
 from .http_protocol import BODY_WRITER, BodyWriter
 from .replies import Chunk, Reply
@@ -139,6 +139,7 @@ class EventStream(Response):
             if not self._started:
                 await error_response(error)(scope, receive, send)
                 return
+            note_reason(scope, reason_of(error))
             await self._write(send, self._shape.failure(error))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

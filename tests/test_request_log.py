@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import re
+import types
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -14,6 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from nsa_serve.request import FinishReason, RequestOutput, RequestTimes, Usage
+from nsa_serve.server import request_log as log_room
 from nsa_serve.server import serve as serve_room
 from nsa_serve.server.flags import ServeFlags
 from nsa_serve.server.log_format import JsonFormatter
@@ -78,12 +80,99 @@ def test_a_request_leaves_one_line_with_its_account_and_without_its_text(caplog,
     assert SECRET not in caplog.text
 
 
-def test_a_refused_request_leaves_a_line_that_does_not_echo_it(caplog):
+REFUSED = {
+    "a wrong value": ({"temperature": SECRET}, {}, 400, "invalid parameter (temperature)"),
+    "a wrong part": (
+        {"messages": [{"role": SECRET, "content": SECRET}]}, {}, 400,
+        "invalid parameter (messages[0])",
+    ),
+    "a wrong value of the client's own key": (
+        {"logit_bias": {SECRET: SECRET}}, {}, 400, "invalid parameter (logit_bias)",
+    ),
+    "another model": ({"model": SECRET}, {}, 404, "model not found (model)"),
+    "a template that refuses": (
+        {"chat_template_kwargs": {"refuse": SECRET}}, {}, 400, "template error (messages)",
+    ),
+    "a long prompt": (
+        {}, {"max_model_len": 8}, 400, "This model's maximum context length is 8 tokens",
+    ),
+    "a large body": ({}, {"body_bytes": 8}, 413, "the body is larger than 8 bytes"),
+    "no key": ({}, {"api_keys": ("k",)}, 401, "send a valid key as 'Authorization: Bearer KEY'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "settings", "status", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_refused_request_leaves_one_line_with_its_reason_that_does_not_echo_it(
+    caplog, fields, settings, status, reason
+):
     with caplog.at_level(logging.DEBUG):
-        ask(body=chat(temperature=SECRET))
+        ask(body=chat(**fields), **settings)
     (record,) = records(caplog)
-    assert record.fields["status"] == 400
+    assert record.fields["status"] == status
+    assert record.fields["reason"].startswith(reason)
+    assert f" s, {reason}" in record.getMessage()
     assert SECRET not in caplog.text
+
+
+def test_a_server_that_drains_or_is_full_says_so_in_the_log(caplog):
+    async def scenario():
+        async with fake_server(max_open_tokens=1) as server:
+            server.engine.gate.clear()
+            first = asyncio.create_task(server.chat())
+            while not server.engine.requests:
+                await asyncio.sleep(0)
+            assert (await server.chat()).status_code == 503
+            server.engine.gate.set()
+            await first
+            server.services.admission.draining = True
+            assert (await server.chat()).status_code == 503
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    full, _, draining = (record.fields.get("reason") for record in records(caplog))
+    assert full.startswith("the queue is full: 1 requests")
+    assert draining == "the server is shutting down"
+
+
+def test_a_stream_that_fails_in_its_midst_has_the_reason_in_its_line(caplog):
+    async def scenario():
+        async with fake_server() as server:
+            server.engine.error_after = 2
+            await server.chat(stream=True)
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    (record,) = records(caplog)
+    assert (record.fields["status"], record.fields["reason"]) == (
+        200, "the engine failed at this request",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(log_room, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_a_flood_of_refusals_leaves_few_lines_and_a_count_and_hides_no_other_status(caplog, clock):
+    async def scenario():
+        async with fake_server() as server:
+            for _ in range(log_room.MAX_REFUSED + 7):
+                await server.chat(n=0)
+            await server.client.get("/nowhere")
+            await server.chat()
+            clock[0] += log_room.REFUSED_SECONDS
+            await server.client.get("/health")
+            await server.chat(n=0)
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    *lines, count, last = records(caplog)
+    statuses = [record.fields["status"] for record in lines]
+    assert statuses == [400] * log_room.MAX_REFUSED + [404, 200]
+    assert count.getMessage() == "7 more requests were refused with 400"
+    assert last.fields["status"] == 400
 
 
 def test_a_client_that_leaves_is_told_of_whatever_the_answer_had_begun_with(caplog):
