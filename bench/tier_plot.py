@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,6 @@ import typer
 
 from .report import console
 
-# What the link carries when pieces are read in place, bytes/s.
-LINK = 51e9
 app = typer.Typer(add_completion=False)
 
 
@@ -27,11 +26,12 @@ class Rate:
     hit_rate: float
     streams: int
     step_ms: float
-    missed_bytes: float  # of a step
+    missed_mb: float  # of a step
+    link_ms: float  # what the link takes for them
 
     @property
-    def link_ms(self) -> float:
-        return 1e3 * self.missed_bytes / LINK
+    def link_gb_s(self) -> float:
+        return self.missed_mb / self.link_ms if self.link_ms else math.inf
 
     @property
     def tokens_per_s(self) -> float:
@@ -45,7 +45,7 @@ def read_rates(lines: str) -> list[Rate]:
     """
     records = [json.loads(line) for line in lines.splitlines() if line.strip()]
     rates = [
-        Rate(r["hit_rate"], r["streams"], r["step_ms"]["median"], 1e6 * r["missed_mb"])
+        Rate(r["hit_rate"], r["streams"], r["step_ms"]["median"], r["missed_mb"], r["link_ms"])
         for r in records
         if "hit_rate" in r
     ]
@@ -79,7 +79,8 @@ def draw(
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     axes.plot(hits, [rate.tokens_per_s for rate in rates], marker="o", label="measured")
     floor = [floor_tokens_per_s(rate, resident) for rate in rates]
-    axes.plot(hits, floor, ":k", label="resident step + missed bytes / 51 GB/s")
+    link = f"{rates[0].link_gb_s:.0f} GB/s"
+    axes.plot(hits, floor, ":k", label=f"resident step + missed bytes / {link}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("blocks found on the device, %")
     axes.set_ylabel("tokens/s")

@@ -13,16 +13,16 @@ from nsa_serve.bench import tier_plot
 RECORD = Path(__file__).parent.parent / "bench/results/h200/host_tier_rates.jsonl"
 
 
-def line(hit_rate, step_ms, missed_mb):
+def line(hit_rate, step_ms, missed_mb, link_ms):
     figures = {"hit_rate": hit_rate, "streams": 80, "step_ms": {"median": step_ms}}
-    return json.dumps({**figures, "missed_mb": missed_mb})
+    return json.dumps({**figures, "missed_mb": missed_mb, "link_ms": link_ms})
 
 
 def test_the_floor_is_the_resident_step_and_what_the_link_takes():
-    # 51 MB take the link 1 ms.
-    lines = "\n".join(['{"torch": "2"}', line(0.99, 11.0, 51.0), line(0.9, 15.0, 204.0)])
+    lines = "\n".join(['{"torch": "2"}', line(0.99, 11.0, 40.0, 1.0), line(0.9, 15.0, 160.0, 4.0)])
     low, high = rates = tier_plot.read_rates(lines)
     assert (low.hit_rate, high.hit_rate) == (0.9, 0.99)
+    assert low.link_gb_s == high.link_gb_s == 40.0
     resident = tier_plot.resident_ms(rates)
     assert resident == pytest.approx(10.0)
     assert tier_plot.floor_tokens_per_s(low, resident) == pytest.approx(80e3 / 14)
