@@ -154,7 +154,7 @@ def test_every_page_keeps_its_bytes_through_random_moves_that_come_late(seed):
 
 
 def test_memory_is_locked_piece_by_piece_on_a_thread_of_its_own():
-    asked = []
+    asked, released = [], []
 
     def pin(address, num_bytes):
         assert threading.current_thread() is not threading.main_thread()
@@ -162,26 +162,37 @@ def test_memory_is_locked_piece_by_piece_on_a_thread_of_its_own():
         return True
 
     page = mmap.PAGESIZE
-    memory = PinnedMemory(4 * page + 100, pin, piece=2 * page).wait()
+    memory = PinnedMemory(4 * page + 100, pin, released.append, piece=2 * page).wait()
     assert memory.numel() == 4 * page + 100
     starts = [memory.data_ptr() + at * page for at in (0, 2, 4)]
     assert starts[0] % page == 0  # so that no two pieces share a page of the system
     assert asked == list(zip(starts, [2 * page, 2 * page, 100], strict=True))
+    part = memory[page:]
+    del memory
+    assert not released  # a view of it lives
+    del part
+    assert released == starts
 
 
 def test_a_piece_of_locked_memory_holds_whole_copies():
     sizes = []
     pin = lambda address, num_bytes: sizes.append(num_bytes) or True  # noqa: E731
+    unpin = lambda address: None  # noqa: E731
     unit = 3 * mmap.PAGESIZE // 2
-    PinnedMemory(12 * unit, pin, unit=unit, piece=5 * unit).wait()
+    PinnedMemory(12 * unit, pin, unpin, unit=unit, piece=5 * unit).wait()
     assert sizes == [4 * unit, 4 * unit, 4 * unit]
-    PinnedMemory(2 * unit, pin, unit=unit, piece=1).wait()  # never less than one
+    PinnedMemory(2 * unit, pin, unpin, unit=unit, piece=1).wait()  # never less than one
     assert sizes[3:] == [2 * unit]
 
 
 def test_where_locking_is_refused_what_was_locked_is_there_and_a_line_says_so(caplog):
-    answers = iter([True, True, False])
+    answers, released = iter([True, True, False]), []
     page = mmap.PAGESIZE
-    memory = PinnedMemory(3 * page, lambda address, num_bytes: next(answers), piece=page)
+    memory = PinnedMemory(
+        3 * page, lambda address, num_bytes: next(answers), released.append, piece=page
+    )
     assert memory.wait().numel() == 2 * page
+    starts = [memory.wait().data_ptr() + at * page for at in range(2)]
+    del memory
+    assert released == starts
     assert f"only {2 * page} of the {3 * page} bytes of --kv-host-memory-bytes" in caplog.text

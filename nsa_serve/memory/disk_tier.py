@@ -93,7 +93,14 @@ class DiskTier:
         pages = departing[: max(0, room)]
         if not pages or not self.store.is_writing:
             return
-        copies, done = self._copied(pages)
+        try:
+            copies, done = self._copied(pages)
+        except torch.AcceleratorError:
+            raise  # the device is lost, and all pages with it
+        except (RuntimeError, MemoryError):
+            logger.exception("%d pages could not be copied for the disk", len(pages))
+            self.store.counts.dropped_pages += len(pages)
+            return
         with self._changed:
             self._num_queued += len(pages)
         self._writer.submit(self._write, [page.digest for page in pages], copies, done)
@@ -107,7 +114,7 @@ class DiskTier:
                 self._place(page, content)
             except torch.AcceleratorError:
                 raise  # the device is lost, and all pages with it
-            except RuntimeError:
+            except (RuntimeError, MemoryError):
                 logger.exception("a page from the disk could not be loaded")
                 self._lost.append(page.block_id)
 
@@ -136,18 +143,25 @@ class DiskTier:
     def _read(self, number: int, digests: list[bytes]) -> None:
         """On the reader's thread: leading pages up to the first that isn't there."""
         found: list[bytes] = []
-        for digest in digests:
-            page = self.store.get(digest)
-            if page is None:
-                break
-            with self._changed:
-                entry = self._at_hand.setdefault(digest, _Fetched(page, 0))
-                entry.num_wanted += 1
-            found.append(digest)
+        try:
+            self._bring(digests, found)
+        except Exception:  # a request waits for the end of this fetch, whatever becomes of it
+            logger.exception("pages could not be read from the disk")
         with self._changed:
             self._num_asked -= len(digests)
             self._ended.append((number, found))
             self._changed.notify_all()
+
+    def _bring(self, digests: list[bytes], found: list[bytes]) -> None:
+        """Put pages to hand, and their digests into ``found`` one by one."""
+        for digest in digests:
+            page = self.store.get(digest)
+            if page is None:
+                return
+            with self._changed:
+                entry = self._at_hand.setdefault(digest, _Fetched(page, 0))
+                entry.num_wanted += 1
+            found.append(digest)
 
     def _take(self, digest: bytes) -> bytes:
         """A page at hand, for one of the fetches that brought it."""
@@ -159,10 +173,13 @@ class DiskTier:
 
     def _write(self, digests: list[bytes], copies: Tensor, done: torch.cuda.Event | None) -> None:
         """On the writer's thread."""
-        if done is not None:
-            done.synchronize()
-        for digest, page in zip(digests, copies.view(torch.uint8).numpy(), strict=True):
-            self.store.put(digest, page.tobytes())
+        try:
+            if done is not None:
+                done.synchronize()
+            for digest, page in zip(digests, copies.view(torch.uint8).numpy(), strict=True):
+                self.store.put(digest, page.tobytes())
+        except Exception:
+            logger.exception("%d pages could not be written to the disk", len(digests))
         with self._changed:
             self._num_queued -= len(digests)
 

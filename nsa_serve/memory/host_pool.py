@@ -6,6 +6,7 @@ import logging
 import math
 import mmap
 from collections.abc import Callable
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -17,6 +18,7 @@ from .layout import KVLayout
 logger = logging.getLogger(__name__)
 
 Pin = Callable[[int, int], bool]  # (address, bytes) -> whether they are page-locked now
+Unpin = Callable[[int], object]  # (address that was given to Pin)
 
 _PIECE = 1 << 30  # bytes page-locked at a time
 
@@ -49,21 +51,26 @@ class PinnedMemory:
 
     Locking takes about half a second a gigabyte: it runs while the weights are read. Where the
     system refuses a piece, what was locked before it is what there is. Pieces hold whole ``unit``
-    bytes, since one copy may not reach over two of them, and whole pages of the system.
+    bytes, since one copy may not reach over two of them, and whole pages of the system. They are
+    unlocked before the memory is freed: the driver refuses addresses that it holds to be locked.
     """
 
     def __init__(
         self,
         num_bytes: int,
         pin: Pin | None = None,
+        unpin: Unpin | None = None,
         *,
         flag: str = "--kv-host-memory-bytes",
         unit: int = 1,
         piece: int = _PIECE,
     ) -> None:
         self._flag = flag
-        self._memory = allocate_large(num_bytes, torch.uint8)
         self._pin = pin or pin_for_cuda
+        self._locked: list[int] = []  # addresses of pieces
+        self._memory = allocate_large(
+            num_bytes, torch.uint8, partial(_unlock, self._locked, unpin or unpin_for_cuda)
+        )
         whole = math.lcm(unit, mmap.PAGESIZE)
         self._piece = max(1, piece // whole) * whole
         self._num_pinned = 0
@@ -88,10 +95,22 @@ class PinnedMemory:
                     self._flag,
                 )
                 return
+            self._locked.append(self._memory.data_ptr() + start)
             self._num_pinned = start + length
+
+
+def _unlock(addresses: list[int], unpin: Unpin) -> None:
+    for address in addresses:
+        unpin(address)
 
 
 def pin_for_cuda(address: int, num_bytes: int) -> bool:
     """Page-lock memory for every CUDA device of this process."""
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     return int(runtime.cudaHostRegister(address, num_bytes, 0)) == 0
+
+
+def unpin_for_cuda(address: int) -> None:
+    """Undo ``pin_for_cuda``."""
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime.cudaHostUnregister(address)

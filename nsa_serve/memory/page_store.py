@@ -7,20 +7,24 @@ go first when the folder is full.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import struct
+import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 
 logger = logging.getLogger(__name__)
 
 KEY_BYTES = 32  # of a model's key, and of a page's digest
 SUFFIX = ".pages"
+_UNFINISHED = ".part"
+_ABANDONED_SECONDS = 600.0  # nobody writes one file for so long
 _MAGIC = b"NSAPAGE1"
 _SUM_BYTES = 16
 _HEAD = struct.Struct(f"<8s{KEY_BYTES}sQI")  # magic, model's key, bytes of a page, pages
@@ -51,15 +55,18 @@ class _Place:
 @dataclass(slots=True)
 class _File:
     num_bytes: int
-    digests: list[bytes] = field(default_factory=list)  # none: a file of another model
+    is_ours: bool  # not of another model
+    digests: list[bytes] = field(default_factory=list)  # of pages that no file before it has
 
 
 class PageStore:
     """Pages of ``page_bytes`` each under ``root``, at most ``max_bytes`` with other models' files.
 
     ``key`` [KEY_BYTES] names everything that a page's bytes depend on beside its tokens. Any
-    thread may call any method. A file that can't be read, is short, or has another content than
-    its checksums say is removed, and its pages are absent; one of another kind is left alone.
+    thread may call any method, and waits for the disk in ``get``, ``flush``, ``clear`` and in a
+    ``put`` that fills a file; nobody waits for what others do there. A file that can't be read, is
+    short, or has another content than its checksums say is removed, and its pages are absent; one
+    of another kind is left alone.
     """
 
     def __init__(
@@ -83,11 +90,14 @@ class PageStore:
         self._places: dict[bytes, _Place] = {}
         self._files: OrderedDict[Path, _File] = OrderedDict()  # used longest ago first
         self._num_bytes = 0
-        self._lock = RLock()
+        self._num_clears = 0
+        self._lock = RLock()  # never held over a read or a write of pages
+        self._one_writes = Lock()
         # Pages are made from what users wrote: nobody else may read them.
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._remove_abandoned()
         self._find_files()
-        self._make_room(0)
+        _unlink(self._make_room(0))
 
     def __contains__(self, digest: bytes) -> bool:
         with self._lock:
@@ -109,8 +119,9 @@ class PageStore:
             if not self.is_writing or digest in self:
                 return
             self._open[digest] = page
-            if len(self._open) >= self._pages_per_file:
-                self.flush()
+            is_full = len(self._open) >= self._pages_per_file
+        if is_full:
+            self.flush()
 
     def get(self, digest: bytes) -> bytes | None:
         """A page whose checksum is right, or None."""
@@ -128,18 +139,32 @@ class PageStore:
         return page
 
     def flush(self) -> None:
-        """Write what waits for a full file."""
-        with self._lock:
-            pages, self._open = self._open, {}
+        """Write what waits for a full file. Until it is written it can be had from memory."""
+        with self._one_writes:
+            with self._lock:
+                pages = dict(self._open)
             if pages and self.is_writing:
                 self._write(pages)
+            with self._lock:
+                for digest in pages:
+                    self._open.pop(digest, None)
 
     def clear(self) -> None:
         """Forget all pages of this model, and remove their files."""
         with self._lock:
+            self._num_clears += 1
             self._open.clear()
-            for path in [path for path, file in self._files.items() if file.digests]:
-                self._remove(path)
+            ours = [path for path, file in self._files.items() if file.is_ours]
+            for path in ours:
+                self._forget(path)
+        _unlink(ours)
+
+    def _remove_abandoned(self) -> None:
+        """Files that were being written when their server was killed, whichever it was."""
+        for path in self._root.glob(f"*/*{_UNFINISHED}"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
 
     def _find_files(self) -> None:
         """Take in what earlier runs have left, of this model and of others."""
@@ -151,30 +176,42 @@ class PageStore:
                 continue  # another server has just removed it
         for _, path, size in sorted(found):
             if path.parent != self._folder:
-                self._files[path] = _File(size)
+                self._files[path] = _File(size, is_ours=False)
                 self._num_bytes += size
             else:
                 self._take_in(path, size)
 
     def _take_in(self, path: Path, size: int) -> None:
-        head = self._read_head(path)
+        head = self._read_head(path, size)
         if head is None:
             return  # not one of ours
         count, entries = head
-        first = _HEAD.size + count * _ENTRY.size + _SUM_BYTES
-        if entries is None or size != first + count * self.page_bytes:
+        if entries is None:
             logger.warning("%s is short or damaged, and is removed", path)
             self.counts.bad_pages += count
-            path.unlink(missing_ok=True)
+            _unlink([path])
             return
-        file = self._files[path] = _File(size)
+        self._file(path, size, entries)
+
+    def _file(self, path: Path, size: int, entries: Iterable[tuple[bytes, bytes]]) -> None:
+        """The file is there, with pages of these digests and checksums."""
+        self._forget(path)
+        file = self._files[path] = _File(size, is_ours=True)
         self._num_bytes += size
-        for at, (digest, checksum) in enumerate(entries):
+        pages = list(entries)
+        first = size - len(pages) * self.page_bytes
+        for at, (digest, checksum) in enumerate(pages):
             if digest not in self._places:
                 self._places[digest] = _Place(path, first + at * self.page_bytes, checksum)
                 file.digests.append(digest)
 
-    def _read_head(self, path: Path) -> tuple[int, list[tuple[bytes, bytes]] | None] | None:
+    def _size(self, num_pages: int) -> int:
+        """Bytes of a file of so many pages."""
+        return _HEAD.size + num_pages * (_ENTRY.size + self.page_bytes) + _SUM_BYTES
+
+    def _read_head(
+        self, path: Path, size: int
+    ) -> tuple[int, list[tuple[bytes, bytes]] | None] | None:
         """(pages, their digests and checksums or None if damaged); None for a foreign file."""
         try:
             with path.open("rb") as file:
@@ -184,6 +221,8 @@ class PageStore:
                 _, key, page_bytes, count = _HEAD.unpack(head)
                 if key != self._key or page_bytes != self.page_bytes:
                     return None
+                if size != self._size(count):
+                    return max(0, size - _HEAD.size) // self.page_bytes, None
                 table = file.read(count * _ENTRY.size)
                 checksum = file.read(_SUM_BYTES)
         except OSError:
@@ -197,8 +236,11 @@ class PageStore:
         sums = {digest: self._checksum(digest, page) for digest, page in pages.items()}
         head = _HEAD.pack(_MAGIC, self._key, self.page_bytes, count)
         table = b"".join(_ENTRY.pack(digest, checksum) for digest, checksum in sums.items())
-        size = len(head) + len(table) + _SUM_BYTES + count * self.page_bytes
-        self._make_room(size)
+        size = self._size(count)
+        with self._lock:
+            num_clears = self._num_clears
+            gone = self._make_room(size)
+        _unlink(gone)
         # Named by its content: two servers that share a folder write the same file.
         path = self._folder / (_sum(table).hex() + SUFFIX)
         try:
@@ -206,8 +248,12 @@ class PageStore:
         except OSError as error:
             self._stop_writing(error, count)
             return
-        self.counts.written_pages += count
-        self._take_in(path, size)
+        with self._lock:
+            if num_clears == self._num_clears:
+                self.counts.written_pages += count
+                self._file(path, size, sums.items())
+                return
+        _unlink([path])  # its pages were forgotten meanwhile
 
     def _stop_writing(self, error: OSError, num_pages: int) -> None:
         logger.error(
@@ -219,25 +265,30 @@ class PageStore:
         self.is_writing = False
         self.counts.dropped_pages += num_pages
 
-    def _make_room(self, num_bytes: int) -> None:
+    def _make_room(self, num_bytes: int) -> list[Path]:
+        """Forget files until there is room; these are to be removed."""
+        gone = []
         while self._files and self._num_bytes + num_bytes > self.max_bytes:
-            self._remove(next(iter(self._files)))
+            gone.append(next(iter(self._files)))
+            self._forget(gone[-1])
+        return gone
 
-    def _remove(self, path: Path) -> None:
+    def _forget(self, path: Path) -> None:
         file = self._files.pop(path, None)
         if file is None:
             return
         self._num_bytes -= file.num_bytes
         for digest in file.digests:
             del self._places[digest]
-        path.unlink(missing_ok=True)
 
     def _remove_bad(self, path: Path) -> None:
         with self._lock:
-            if path in self._files:
-                logger.warning("%s is damaged, and is removed: its prefixes are computed", path)
-                self.counts.bad_pages += len(self._files[path].digests)
-                self._remove(path)
+            if path not in self._files:
+                return
+            logger.warning("%s is damaged, and is removed: its prefixes are computed", path)
+            self.counts.bad_pages += len(self._files[path].digests)
+            self._forget(path)
+        _unlink([path])
 
     def _read(self, place: _Place) -> bytes | None:
         try:
@@ -267,9 +318,16 @@ def _sum(*parts: bytes) -> bytes:
     return found.digest()
 
 
+def _unlink(paths: Iterable[Path]) -> None:
+    """Remove files that nobody reads any more; what the disk refuses to remove stays there."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def _write_whole(path: Path, parts: list[bytes]) -> None:
     """All of the file or none of it, whenever the system stops."""
-    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary = path.with_suffix(f".{os.getpid()}{_UNFINISHED}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "wb") as file:

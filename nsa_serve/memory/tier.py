@@ -65,18 +65,24 @@ class HostTier:
             pool.layout.num_layers * pool.layout.num_kv_heads
         )
         pool.slot_table.fill_(-1)
+        self._due: dict[int, int] = {}  # slots by block that the table doesn't have yet
 
     def apply(self, update: ResidenceUpdate) -> None:
-        """Queue the copies of an update and change the slot table, before the step's kernels."""
+        """Queue the copies of an update and change the slot table, before the step's kernels.
+
+        Where that fails for want of memory, the next call changes the table for both.
+        """
+        self._due.update(update.slots)
         self._mover.start(update)
-        if not update.slots:
+        if not self._due:
             return
-        packed = torch.from_numpy(np.array(update.slots, np.int64).T.copy())
+        packed = torch.from_numpy(np.array(list(self._due.items()), np.int64).T.copy())
         if self.pool.device.type == "cuda":
             packed = packed.pin_memory().to(self.pool.device, non_blocking=True)
         block_ids, slots = packed
         self.pool.slot_table.index_copy_(0, block_ids, slots.int())
         self.prefetcher.forget(block_ids)
+        self._due.clear()
 
     def serve(self, inputs: StepInputs) -> StepInputs:
         """``inputs`` of a step whose pages may lie in host memory."""
