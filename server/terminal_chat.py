@@ -20,7 +20,8 @@ from ..errors import ConfigError
 from .log_format import LEVEL_VARIABLE
 
 _POLL = 0.2  # seconds between two looks at a server that starts
-_HELP = "Type a message. /clear forgets the conversation, /quit (or Ctrl-D) ends it.\n"
+_PATIENCE = 10.0  # seconds for a server to name its model
+_GREETING = "{} is listening. /clear forgets the conversation, /quit (or Ctrl-D) ends it.\n"
 _COMMANDS = "Commands: /clear forgets the conversation, /quit ends it.\n"
 # A path, which has a second slash in its first word, is a message.
 _COMMAND = re.compile(r"/[A-Za-z?]*(?!\S)")
@@ -44,7 +45,7 @@ def chat(url: str | None, serve_arguments: Sequence[str], settings: ChatSettings
         )
     own = contextlib.nullcontext(url) if url else own_server(serve_arguments)
     with own as found, _client(str(found), settings) as client:
-        Conversation(client, settings, sys.stdout).run(_lines())
+        Conversation(client, served_model(client), settings, sys.stdout).run(_lines())
     return 0
 
 
@@ -52,7 +53,27 @@ def _client(url: str, settings: ChatSettings) -> httpx.Client:
     headers = {"authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
     base = url.rstrip("/").removesuffix("/v1")
     # An answer may take long to begin, a server that is there accepts at once.
-    return httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(None, connect=5))
+    timeout = httpx.Timeout(None, connect=5)
+    try:
+        return httpx.Client(base_url=base, headers=headers, timeout=timeout)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"--url {url}: {error}") from None
+
+
+def served_model(client: httpx.Client) -> str:
+    """The name of the server's first model. Raises ``ConfigError`` where it gives none."""
+    base = str(client.base_url).rstrip("/")
+    try:
+        response = client.get("/v1/models", timeout=_PATIENCE)
+    except httpx.TransportError as error:
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"no server answers at {base}/v1/models ({reason})") from None
+    if response.status_code == 401:
+        raise ConfigError(f"{base} wants a key: --api-key, or NSA_SERVE_API_KEY in the environment")
+    try:
+        return str(response.raise_for_status().json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"{base}/v1/models names no model: {_reason(response)}") from None
 
 
 @contextlib.contextmanager
@@ -99,15 +120,18 @@ def _lines() -> Iterator[str]:
 class Conversation:
     """The turns so far, and the way to one more. Answers are written to ``out`` as they come."""
 
-    def __init__(self, client: httpx.Client, settings: ChatSettings, out: TextIO) -> None:
+    def __init__(
+        self, client: httpx.Client, model: str, settings: ChatSettings, out: TextIO
+    ) -> None:
         self._client = client
+        self._model = model
         self._settings = settings
         self._out = out
         self.messages = self._first_messages()
 
     def run(self, lines: Iterator[str]) -> None:
         """Answer each line; a slash begins a command."""
-        self._out.write(_HELP)
+        self._out.write(_GREETING.format(self._model))
         for line in lines:
             match line.strip():
                 case "":
@@ -143,7 +167,7 @@ class Conversation:
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
 
     def _stream(self, messages: list[dict[str, str]]) -> Iterator[str]:
-        body: dict[str, Any] = {"messages": messages, "stream": True}
+        body: dict[str, Any] = {"model": self._model, "messages": messages, "stream": True}
         for name in ("temperature", "max_tokens"):
             value = getattr(self._settings, name)
             if value is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import socket
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import types
 from io import StringIO
 
-import httpx
 import pytest
 import typer
 from rich.console import Console
@@ -26,10 +24,8 @@ from nsa_serve.server.log_format import LogFormat, configure_logging
 from nsa_serve.server.serve import is_loopback, ready_line, untrained_line
 from nsa_serve.server.settings import ReasoningParser, ToolCallParser
 from nsa_serve.server.startup import loading_bar, server_settings
-from nsa_serve.server.terminal_chat import ChatSettings, Conversation
 
 serve_room = importlib.import_module("nsa_serve.server.serve")
-chat_room = importlib.import_module("nsa_serve.server.terminal_chat")
 
 
 @pytest.fixture
@@ -259,77 +255,6 @@ def test_a_generation_config_that_can_not_be_used_is_refused_by_its_key():
         server_settings(flags, flags.engine_config(), engine)
 
 
-def _answer(request):
-    asked = json.loads(request.content)
-    if asked["messages"][-1]["content"] == "fail":
-        return httpx.Response(400, json={"error": {"message": "too long"}})
-    pieces = [{"choices": [{"delta": {"content": text}}]} for text in ("Hel", "lo")]
-    if asked["messages"][-1]["content"] == "break":
-        pieces.append({"error": {"message": "the engine has stopped"}})
-    lines = [f"data: {json.dumps(piece)}" for piece in pieces]
-    return httpx.Response(200, text="\n\n".join([*lines, ": keep-alive", "data: [DONE]", ""]))
-
-
-def converse(*lines, **settings):
-    out = StringIO()
-    transport = httpx.MockTransport(_answer)
-    with httpx.Client(transport=transport, base_url="http://server") as client:
-        talk = Conversation(client, ChatSettings(**settings), out)
-        talk.run(iter(lines))
-    return out.getvalue(), talk.messages
-
-
-def test_a_conversation_keeps_its_turns():
-    text, messages = converse("hi", "again", system="Be brief.")
-    assert text.count("Hello\n") == 2
-    roles = [message["role"] for message in messages]
-    assert roles == ["system", "user", "assistant", "user", "assistant"]
-
-
-def test_clear_forgets_and_quit_ends():
-    text, messages = converse("hi", "/clear", "/quit", "never")
-    assert text.count("Hello") == 1
-    assert messages == []
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"), [("fail", "too long"), ("break", "the engine has stopped")]
-)
-def test_an_error_is_shown_and_its_turn_forgotten(line, reason):
-    text, messages = converse(line, "hi")
-    assert f"[{reason}]" in text
-    assert [message["content"] for message in messages] == ["hi", "Hello"]
-
-
-@pytest.mark.parametrize("line", ["/help", "/exit now", "/", "/Clear", "/?"])
-def test_a_command_that_nobody_knows_is_answered_with_those_there_are(line):
-    text, messages = converse(line)
-    assert f"{line.split()[0]} is no command" in text
-    assert "/clear" in text.partition("is no command")[2]
-    assert messages == []
-
-
-def test_a_message_may_begin_with_a_path():
-    _, messages = converse("/etc/fstab is what?")
-    assert [message["content"] for message in messages] == ["/etc/fstab is what?", "Hello"]
-
-
-def test_the_server_of_a_chat_does_not_write_between_its_answers(monkeypatch):
-    """What it logs of requests would."""
-    program = "import os, sys; sys.exit(os.environ['NSA_SERVE_LOG_LEVEL'] != 'warning')"
-    started = []
-
-    def popen(command, **options):
-        started.append(command[-1])
-        return subprocess.Popen([sys.executable, "-c", program], **options)
-
-    monkeypatch.delenv("NSA_SERVE_LOG_LEVEL", raising=False)
-    monkeypatch.setattr(chat_room, "subprocess", types.SimpleNamespace(Popen=popen))
-    with pytest.raises(ConfigError, match="ended with code 0"), chat_room.own_server([]):
-        pass
-    assert len(started) == 1
-
-
 @pytest.mark.parametrize(
     ("given", "level"), [(None, logging.INFO), ("warning", logging.WARNING), ("Debug", 10)]
 )
@@ -364,11 +289,3 @@ def test_the_bar_tells_of_bytes_once_there_are_some():
         assert "/?" not in shown()
         bar.update(task, completed=1 << 20, total=4 << 20)
         assert "1.0/4.0 MiB" in shown()
-
-
-def test_a_chat_with_a_url_starts_no_server(monkeypatch):
-    monkeypatch.setattr(chat_room, "_lines", lambda: iter(()))
-    assert CliRunner().invoke(cli.app, ["chat", "--url", "http://x/v1"]).exit_code == 0
-    refused = CliRunner().invoke(cli.app, ["chat", "--url", "http://x/v1", "--attention", "nsa"])
-    assert refused.exit_code == 2
-    assert "--attention nsa" in refused.stderr
