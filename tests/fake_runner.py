@@ -11,6 +11,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import pytest
+
 from nsa_serve.cache.manager import CacheManager
 from nsa_serve.config import Policy, ScheduleConfig
 from nsa_serve.request import EngineRequest, FinishReason, Request, SamplingParams, TokenLogprob
@@ -18,6 +20,8 @@ from nsa_serve.schedule.forecast import OutputLengths
 from nsa_serve.schedule.plan import PromptLogprobs, RowStart, SampledToken, StepPlan, StepResult
 from nsa_serve.schedule.scheduler import Scheduler, StepUpdate
 
+# Steps that are launched before the oldest is applied, as on a CPU and on a GPU.
+DEPTHS = pytest.mark.parametrize("depth", [0, 1])
 VOCAB = 50
 EOS = 0
 
@@ -52,6 +56,11 @@ def run_alone(request: EngineRequest, seed: int) -> list[int]:
             if token_id in sampling.stop_token_ids:
                 break
     return outputs
+
+
+def outputs_alone(prompt: list[int], seed: int = 7, **sampling) -> list[int]:
+    """The same of a request with this prompt and these sampling settings."""
+    return run_alone(make_request("alone", prompt, **sampling), seed)
 
 
 @dataclass

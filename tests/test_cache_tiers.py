@@ -11,7 +11,7 @@ from nsa_serve.config import Policy
 from nsa_serve.errors import Overloaded, PromptTooLong
 from nsa_serve.request import FinishReason
 
-from .fake_runner import draw_prompt, make_request, run_alone
+from .fake_runner import DEPTHS, draw_prompt, make_request, run_alone
 from .tiered_runner import TieredHarness
 
 HOST = 100
@@ -229,7 +229,7 @@ class Fuzz:
         self.draw.choices(kinds, [60, 25, 4, 4, 1])[0]()
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@DEPTHS
 @pytest.mark.parametrize("policy", list(Policy))
 def test_random_operations_over_two_tiers_keep_every_page_and_every_text(policy, depth):
     draw = random.Random(f"tiers{policy}{depth}")

@@ -8,7 +8,7 @@ from nsa_serve.config import Policy
 from nsa_serve.errors import Overloaded, PromptTooLong
 from nsa_serve.request import FinishReason
 
-from .fake_runner import Harness, draw_prompt, make_request, run_alone
+from .fake_runner import DEPTHS, Harness, draw_prompt, make_request, run_alone
 
 OPERATIONS = 2_500  # in each of the six runs
 
@@ -118,7 +118,7 @@ class Fuzz:
         self.house.scheduler.check()
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@DEPTHS
 @pytest.mark.parametrize("policy", list(Policy))
 def test_ten_thousand_random_operations_keep_every_invariant_and_every_text(policy, depth):
     draw = random.Random(f"{policy}{depth}")

@@ -23,6 +23,23 @@ def request_at(arrival, index=0, priority=0, deadline=None, timeout=None):
     )
 
 
+def test_first_come_first_served():
+    house = Harness(max_num_seqs=1)
+    for name in "abc":
+        house.add(name, [1, 2], max_tokens=1)
+    house.drain()
+    assert [start.request_id for p in house.runner.plans for start in p.started] == ["a", "b", "c"]
+
+
+def test_lower_priority_values_run_first_then_arrival():
+    house = Harness(max_num_seqs=1, policy=Policy.PRIORITY)
+    for name, priority in [("late", 5), ("b", 1), ("first", -1), ("c", 1)]:
+        house.add(name, [1, 2], max_tokens=1, priority=priority)
+    house.drain()
+    started = [start.request_id for p in house.runner.plans for start in p.started]
+    assert started == ["first", "b", "c", "late"]
+
+
 @given(priorities, priorities, deadlines, deadlines, moments, st.sampled_from(list(Policy)))
 def test_whoever_waited_twice_the_shift_stands_before_all_who_come(p, q, d, e, arrival, policy):
     order = ORDERS[policy]

@@ -13,7 +13,7 @@ from nsa_serve.bench.simulated import H200_8B, SimulatedEngine
 from nsa_serve.request import Request, SamplingParams
 from nsa_serve.schedule.forecast import UNKNOWN, WINDOW, Forecast, OutputLengths
 
-from .fake_runner import Harness, NothingExpected
+from .fake_runner import DEPTHS, Harness, NothingExpected
 
 
 def sizes(plan):
@@ -87,7 +87,7 @@ def test_of_two_long_prompts_the_one_that_lacks_least_gets_half():
     assert sizes(house.step()) == {"less": 16, "long": 16}
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@DEPTHS
 @pytest.mark.parametrize("num_decoding", [0, 16])
 def test_a_short_request_beside_a_128k_prompt_has_its_token_within_two_chunks(depth, num_decoding):
     engine = SimulatedEngine(H200_8B, num_blocks=8192, depth=depth)

@@ -7,7 +7,7 @@ import pytest
 
 from nsa_serve.cache.manager import CacheManager, NearPages
 from nsa_serve.request import FinishReason
-from tests.fake_runner import FakeRunner, Harness, draw_prompt, make_request, run_alone
+from tests.fake_runner import DEPTHS, FakeRunner, Harness, draw_prompt, make_request, run_alone
 from tests.tiered_runner import SPACE, TieredHarness, TieredRunner
 
 
@@ -173,7 +173,7 @@ class Load:
         self.draw.choices(kinds, [70, 25, 4, 0.3])[0]()
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@DEPTHS
 @pytest.mark.parametrize("kind", [OneTier, TwoTiers])
 def test_random_loads_keep_every_text_with_pages_that_come_and_go(kind, depth):
     draw = random.Random(f"shelf{kind.__name__}{depth}")
