@@ -51,7 +51,7 @@ def prepare_chat(services: Services, chat: ChatCompletionRequest) -> Prepared:
     )
     prepared = prepare_turn(services, chat, turn, head)
     shape = ChatShape(services, chat, head, prepared)
-    return Prepared(prepared.requests, shape, bool(chat.stream))
+    return Prepared(head.id, prepared.requests, shape, bool(chat.stream))
 
 
 class ChatShape(DataEvents):

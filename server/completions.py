@@ -44,7 +44,8 @@ def prepare_completion(services: Services, asked: CompletionRequest) -> Prepared
         for prompt, token_ids in enumerate(encoded)
         for choice in range(asked.num_choices)
     ]
-    return Prepared(requests, CompletionShape(services, asked, head, encoded), bool(asked.stream))
+    shape = CompletionShape(services, asked, head, encoded)
+    return Prepared(head.id, requests, shape, bool(asked.stream))
 
 
 def _engine_request(

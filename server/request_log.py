@@ -39,6 +39,7 @@ class EndedRequest:
     end: float
     finals: Sequence[RequestOutput]  # of its choices, as far as they ended
     headers: Mapping[str, str]
+    answer_id: str | None = None  # its body's ``id``; the choices' ids in the engine begin with it
     reason: str | None = None  # why it failed, as far as the log may tell
 
     @property
@@ -62,8 +63,8 @@ class EndedRequest:
             "status": self.status,
             "seconds": round(self.end - self.start, 6),
         }
-        if self.reason is not None:
-            known["reason"] = self.reason
+        noted = {"answer_id": self.answer_id, "reason": self.reason}
+        known |= {name: value for name, value in noted.items() if value is not None}
         if not self.finals:
             return known
         reasons = [final.finish_reason for final in self.finals if final.finish_reason]
@@ -103,7 +104,7 @@ class FloodGate:
 class RequestLog:
     """ASGI middleware, outermost.
 
-    Routes leave in a request's state its ``Generation``, and errors their reason.
+    Routes leave in a request's state its ``Generation`` and its answer's id, errors their reason.
     """
 
     def __init__(self, app: ASGIApp, tracing: Tracing | None = None) -> None:
@@ -159,6 +160,7 @@ def _ended(scope: Scope, status: int, start: float) -> EndedRequest:
             for key, value in scope["headers"]
             if key in (b"traceparent", b"tracestate")
         },
+        answer_id=state.get("answer_id"),
         reason=state.get("reason"),
     )
 
@@ -177,4 +179,5 @@ def _line(ended: EndedRequest) -> str:
     tokens = f", {ended.num_prompt} + {ended.num_generated} tokens" if ended.finals else ""
     reason = f", {ended.reason}" if ended.reason else ""
     timed = f"{ended.method} {path} {ended.status} in {ended.end - ended.start:.3f} s"
-    return f"{timed}{tokens}{reason}, {ended.request_id}"
+    ids = ", ".join(filter(None, (ended.request_id, ended.answer_id)))
+    return f"{timed}{tokens}{reason}, {ids}"

@@ -52,6 +52,7 @@ class Head:
 class Prepared:
     """A request ready for the engine, and how its answer is worded."""
 
+    answer_id: str
     requests: Sequence[EngineRequest]
     shape: Shape
     stream: bool
@@ -129,6 +130,7 @@ class Services:
             receive=request.receive,
         )
         request.state.generation = generation
+        request.state.answer_id = prepared.answer_id
         if prepared.stream:
             return EventStream(generation, prepared.shape, self.settings.keep_alive)
         return await answer_whole(generation, prepared.shape)

@@ -72,12 +72,30 @@ def test_a_request_leaves_one_line_with_its_account_and_without_its_text(caplog,
     (record,) = records(caplog)
     fields = record.fields
     assert fields.pop("seconds") >= 0
+    assert fields.pop("answer_id").startswith("chatcmpl-")
     assert fields == {
         "request_id": "id-9", "method": "POST", "path": "/v1/chat/completions", "status": 200,
         "prompt_tokens": 2 * 41, "generated_tokens": 12, "finish_reasons": ["stop", "stop"],
     }  # fmt: skip
-    assert record.getMessage().endswith("s, 82 + 12 tokens, id-9")
+    assert "s, 82 + 12 tokens, id-9, chatcmpl-" in record.getMessage()
     assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", chat()),
+        ("/v1/completions", {"prompt": SECRET}),
+        ("/v1/responses", {"input": SECRET}),
+    ],
+)
+def test_the_log_joins_the_answers_id_and_the_one_in_its_header(caplog, path, body):
+    with caplog.at_level(logging.INFO):
+        response = ask(path, body=body)
+    (record,) = records(caplog)
+    ids = response.headers["x-request-id"], response.json()["id"]
+    assert (record.fields["request_id"], record.fields["answer_id"]) == ids
+    assert record.getMessage().endswith(f", {ids[0]}, {ids[1]}")
 
 
 REFUSED = {
@@ -272,6 +290,7 @@ def test_a_request_is_a_span_with_queue_prefill_and_decode_below_it(recorder, ex
     assert seconds == pytest.approx([0.25, 0.75, 1.5], abs=1e-6)
     assert all(a.end_time == b.start_time for a, b in itertools.pairwise(phases))
     assert whole.attributes["gen_ai.usage.output_tokens"] == 6
+    assert whole.attributes["gen_ai.response.id"].startswith("chatcmpl-")
     assert whole.attributes["gen_ai.response.finish_reasons"] == ("stop",)
 
 

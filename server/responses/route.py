@@ -50,7 +50,7 @@ def prepare_response(services: Services, asked: ResponsesRequest) -> Prepared:
     )
     prepared = prepare_turn(services, asked, turn, head)
     shape = ResponseShape(services, asked, head, prepared)
-    return Prepared(prepared.requests, shape, bool(asked.stream))
+    return Prepared(head.id, prepared.requests, shape, bool(asked.stream))
 
 
 class ResponseShape(Shape):
