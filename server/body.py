@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+import logging
+import threading
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -11,14 +13,54 @@ from starlette.requests import ClientDisconnect, Request
 from ..errors import InvalidParameter
 from .errors import bounded, invalid_fields
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", bound="Body")
 BODY_SECONDS = 60.0
+MAX_NAMES = 100
+MAX_NAME_CHARS = 64
+
+logger = logging.getLogger("nsa_serve")
 
 
 class Strict(BaseModel):
     """No coercion: a number in quotes is an error. Unknown names are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+
+class Body(Strict):
+    """A whole body. Unknown names are ignored here too, and kept to be told of."""
+
+    model_config = ConfigDict(extra="allow")
+
+    known_names: ClassVar[frozenset[str]] = frozenset()  # beside those of the fields
+
+    @property
+    def unknown_names(self) -> list[str]:
+        """Of what the client set and has no meaning here."""
+        extra = self.model_extra or {}
+        return [n for n, value in extra.items() if value is not None and n not in self.known_names]
+
+
+class UnknownNames:
+    """Fields that requests had and nobody knows. The log has each once, and only so many."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._lock = threading.Lock()
+
+    def tell(self, names: list[str]) -> None:
+        """Log those that are new. Any thread may call it."""
+        if not names or len(self._told) >= MAX_NAMES:
+            return
+        with self._lock:
+            shown = dict.fromkeys(repr(name[:MAX_NAME_CHARS]) for name in names)
+            new = [name for name in shown if name not in self._told][: MAX_NAMES - len(self._told)]
+            self._told.update(new)
+            is_full = len(self._told) >= MAX_NAMES
+        for name in new:
+            logger.warning("requests have a field %s, which nobody here knows: ignored", name)
+        if new and is_full:
+            logger.warning("further fields that nobody here knows are not told of")
 
 
 async def read_json_bytes(request: Request) -> bytes:

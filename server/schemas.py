@@ -1,19 +1,20 @@
 """What clients send: OpenAI's request bodies, as strict as OpenAI is, with vLLM's additions.
 
 Fields that would change the answer and aren't built are refused by name; names nobody knows are
-ignored, as clients expect. What needs the model or its tokenizer is checked in prompts.py.
+ignored, as clients expect, and told of in the log. What needs the model or its tokenizer is
+checked in prompts.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ..errors import InvalidParameter
 from ..request import MAX_LOGPROBS
-from .body import Strict
+from .body import Body, Strict
 from .messages import Messages
 from .settings import (
     MAX_BAD_WORDS,
@@ -43,6 +44,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
 }
 _UNSUPPORTED = frozenset(_NEUTRAL) | {
+    "allowed_token_ids",
     "audio",
     "reasoning_effort",
     "verbosity",
@@ -56,6 +58,19 @@ _UNSUPPORTED = frozenset(_NEUTRAL) | {
     "prompt_embeds",
     "truncate_prompt_tokens",
 }
+# What OpenAI's clients may send that is for OpenAI's own service alone.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "metadata",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
 
 TokenId = Annotated[int, Field(ge=0, lt=_MAX_TOKEN_ID)]
 TokenIds = list[int]
@@ -78,7 +93,7 @@ Stop = Annotated[Stops, BeforeValidator(_as_list, json_schema_input_type=StopTex
 class GenerationRequest(StructuredFields):
     """The fields that chat and text completions share."""
 
-    model_config = ConfigDict(extra="allow")
+    known_names: ClassVar[frozenset[str]] = _UNSUPPORTED | _WITHOUT_EFFECT
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
@@ -255,7 +270,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Body):
     """Body of ``POST /tokenize``: either a prompt or messages."""
 
     model: str | None = None
@@ -274,7 +289,7 @@ class TokenizeRequest(Strict):
         return self
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(Body):
     """Body of ``POST /detokenize``."""
 
     model: str | None = None

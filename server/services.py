@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ..request import EngineRequest, Usage
 from . import replies
 from .admission import Admission
-from .body import T, parse, read_json_bytes
+from .body import T, UnknownNames, parse, read_json_bytes
 from .generation import Generation
 from .logprobs import TokenTexts
 from .ports import Engine, Tokenizer
@@ -92,6 +92,7 @@ class Services:
     workers: Workers
     prompts: PromptEncoder
     texts: TokenTexts
+    unknown_names: UnknownNames
 
     @classmethod
     def build(cls, engine: Engine, tokenizer: Tokenizer, settings: ServerSettings) -> Services:
@@ -108,12 +109,18 @@ class Services:
             workers=Workers(settings.tokenizer_threads, settings.max_open_requests),
             prompts=PromptEncoder(tokenizer, settings),
             texts=TokenTexts(tokenizer),
+            unknown_names=UnknownNames(),
         )
 
     async def read(self, request: Request, model: type[T], then: Callable[[T], R]) -> R:
         """Parse the body and do ``then`` with it, both on a worker thread."""
         body = await read_json_bytes(request)
-        return await self.workers.run(lambda: then(parse(model, body)))
+        return await self.workers.run(lambda: then(self._parse(model, body)))
+
+    def _parse(self, model: type[T], body: bytes) -> T:
+        asked = parse(model, body)
+        self.unknown_names.tell(asked.unknown_names)
+        return asked
 
     async def generate(
         self, request: Request, model: type[T], prepare: Callable[[T], Prepared]

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from ..errors import InvalidParameter
 from ..request import JSON_OBJECT, GrammarKind, GrammarSpec
-from .body import Strict
+from .body import Body, Strict
 from .settings import MAX_CHOICE_CHARS, MAX_CHOICE_TEXTS
 
 Schema = dict[str, Any]
@@ -95,7 +95,7 @@ class StructuredOutputs(Strict):
             yield schema_grammar(None, "structured_outputs")
 
 
-class StructuredFields(Strict):
+class StructuredFields(Body):
     """The fields of a request's body that say what its text must be: at most one of them."""
 
     response_format: ResponseFormat | None = None

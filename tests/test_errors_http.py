@@ -95,6 +95,7 @@ def test_a_number_that_is_none_is_refused(value):
         ("guided_whitespace_pattern", " ?"),
         ("chat_template", "{{ 1 }}"),
         ("best_of", 3),
+        ("allowed_token_ids", [1]),
         ("suffix", "x"),
     ],
 )

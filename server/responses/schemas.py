@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -88,6 +88,8 @@ class TextOptions(Strict):
 
 class ResponsesRequest(GenerationRequest):
     """What is said next after ``input``."""
+
+    known_names: ClassVar[frozenset[str]] = GenerationRequest.known_names | _REFUSED.keys()
 
     input: Input
     instructions: str | None = None
