@@ -234,6 +234,14 @@ def test_logprobs_are_the_log_softmax_with_ranks_from_one():
     assert rank.tolist() == [order[row].tolist().index(tokens[row]) + 1 for row in range(5)]
 
 
+@pytest.mark.parametrize("count", [1, 5, 17, 40])
+def test_of_equally_likely_tokens_the_lowest_ids_come_first_however_many_are_wanted(count):
+    logits = (torch.randn(7, 40, generator=torch.Generator().manual_seed(3)) * 2).round()
+    logits[0], logits[1, ::2], logits[2, ::3] = 0.0, -math.inf, -0.0
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(token_logprobs(logits, logits.argmin(-1), top=count)[3], order[:, :count])
+
+
 def test_no_alternatives_are_an_empty_list():
     _, _, top, ids = token_logprobs(torch.zeros(2, 4), torch.tensor([0, 3]), top=0)
     assert top.shape == ids.shape == (2, 0)

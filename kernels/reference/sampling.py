@@ -226,11 +226,27 @@ def token_logprobs(
     """Log-softmax of ``logits`` [B, V] fp32 at ``tokens`` [B], and each row's ``top`` likeliest.
 
     Returns (logprob [B] fp32, rank [B] int64 from 1, top logprobs [B, top] fp32 in descending
-    order, their ids [B, top] int64). The rank counts the strictly likelier tokens.
+    order, their ids [B, top] int64). The rank counts the strictly likelier tokens; of those that
+    are as likely, the lowest ids come first.
     """
     # A sum by itself would run in another order in one row than in several.
     logprobs = logits.log_softmax(-1)
     at = tokens.unsqueeze(1)
     rank = (logits > logits.gather(1, at)).sum(-1) + 1
-    token_ids = logits.topk(min(top, logits.shape[1])).indices
+    token_ids = _likeliest(logits, min(top, logits.shape[1]))
     return logprobs.gather(1, at)[:, 0], rank, logprobs.gather(1, token_ids), token_ids
+
+
+def _likeliest(logits: Tensor, count: int) -> Tensor:
+    """Ids [B, count] int64 of the largest ``logits`` [B, V] fp32, and of equal ones the lowest.
+
+    Which of the equal ones topk takes depends on how many it is asked for, and so on the other
+    rows. Therefore no two are equal here: a number in the order of the values, above the id.
+    """
+    if not count:
+        return logits.new_empty(len(logits), 0, dtype=torch.int64)
+    bits = (logits + 0.0).view(torch.int32)  # the sum has no −0
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    keys <<= 32
+    keys -= torch.arange(logits.shape[1], device=logits.device)
+    return -keys.topk(count).values & 0xFFFFFFFF
