@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from nsa_serve.kernels import reference
 from nsa_serve.kernels.contracts import ContractError
@@ -19,15 +18,20 @@ from nsa_serve.kernels.gpu.select_blocks import block_scores, select_blocks
 from nsa_serve.kernels.gpu.selected_attention import selected_attention
 from nsa_serve.kernels.gpu.window_attention import window_attention
 from nsa_serve.kernels.shapes import NSAShape
-from tests import oracle
+from tests.against_oracle import (
+    assert_compressed,
+    assert_rows,
+    gated_sum_of,
+    random_selection,
+    selected_of,
+    window_of,
+)
+from tests.kernel_runs import interpreted
 from tests.paged import Heads
 from tests.strategies import SHAPES, Ragged, make_ragged
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter serves machines without a GPU"
-)
+pytestmark = interpreted
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 PACKED = Heads(num_q=6, num_kv=2, dim_k=16, dim_v=8)
 CASES = [
     (PACKED, SHAPES[3], torch.float32),
@@ -45,42 +49,13 @@ def ragged(heads: Heads, nsa: NSAShape, dtype: torch.dtype, seed: int = 0) -> Ra
     return make_ragged(heads, nsa, lengths, seed, dtype=dtype, pad_tokens=2, pad_rows=1)
 
 
-def assert_rows(out: Tensor, case: Ragged, expected: list[Tensor]) -> None:
-    assert out.dtype == case.q.dtype
-    assert torch.equal(out[case.num_real :], torch.zeros_like(out[case.num_real :]))
-    atol = TOLERANCE[case.q.dtype]
-    for (_, tokens, _), want in zip(case.parts(), expected, strict=True):
-        torch.testing.assert_close(out[tokens].double(), want, atol=atol, rtol=atol)
-
-
-def assert_selection(selection: Tensor, case: Ragged, shares: list[list[Tensor]]) -> None:
-    nsa, sizes = case.nsa, {"page": case.nsa.page}
-    assert bool((selection[case.num_real :] == -1).all())
-    forced = {"initial": nsa.num_initial, "local": nsa.num_local}
-    lengths = {"l": nsa.compress_len, "d": nsa.compress_stride}
-    for (_, tokens, at), row in zip(case.parts(), shares, strict=True):
-        for chosen, share, t in zip(selection[tokens].tolist(), row, at, strict=True):
-            score = oracle.scores(share, t, num_kv_heads=case.heads.num_kv, **lengths, **sizes)
-            for head, blocks in enumerate(chosen):
-                oracle.check_selection(
-                    blocks, score[head], t, n=nsa.num_selected, tolerance=1e-4, **forced, **sizes
-                )
-
-
 @pytest.mark.parametrize(("heads", "nsa", "dtype"), CASES)
 def test_compressed_attention_and_its_selection_are_the_oracles(
     heads: Heads, nsa: NSAShape, dtype: torch.dtype
 ) -> None:
     case = ragged(heads, nsa, dtype)
     out, selection = compressed_attention(case.q, case.compressed, case.batch, nsa=nsa)
-    assert out is not None
-    sizes = {"l": nsa.compress_len, "d": nsa.compress_stride}
-    wanted = [
-        oracle.compressed(case.q[s], case.entries_k[r], case.entries_v[r], at, **sizes)
-        for r, s, at in case.parts()
-    ]
-    assert_rows(out, case, [one for one, _ in wanted])
-    assert_selection(selection, case, [shares for _, shares in wanted])
+    assert_compressed(out, selection, case)
 
 
 @pytest.mark.parametrize(("heads", "nsa", "dtype"), CASES)
@@ -93,50 +68,16 @@ def test_one_pass_gives_the_gated_sum_of_the_oracles_branches(
     out_compressed[case.num_real :] = 0
     gates = torch.randn(*case.q.shape[:2], 3).to(dtype)
     out = sparse_attention(case.q, case.kv, selection, out_compressed, gates, case.batch, nsa=nsa)
-    window = [
-        oracle.window(case.q[s], case.k[r], case.v[r], at, w=nsa.window)
-        for r, s, at in case.parts()
-    ]
-    branches = zip(case.parts(), selected_of(case, selection), window, strict=True)
-    wanted = [
-        oracle.gated([out_compressed[s].double(), chosen, near], gates[s])
-        for (_, s, _), chosen, near in branches
-    ]
-    assert_rows(out, case, wanted)
+    assert_rows(out, case, gated_sum_of(case, selection, out_compressed, gates))
 
 
 def test_window_and_selected_attention_alone_are_the_oracles() -> None:
     case = ragged(*CASES[0])
     selection = random_selection(case)
-    window = [
-        oracle.window(case.q[s], case.k[r], case.v[r], at, w=case.nsa.window)
-        for r, s, at in case.parts()
-    ]
-    assert_rows(window_attention(case.q, case.kv, case.batch, nsa=case.nsa), case, window)
+    out = window_attention(case.q, case.kv, case.batch, nsa=case.nsa)
+    assert_rows(out, case, window_of(case))
     out = selected_attention(case.q, case.kv, selection, case.batch, nsa=case.nsa)
     assert_rows(out, case, selected_of(case, selection))
-
-
-def random_selection(case: Ragged) -> Tensor:
-    """The current block of each token and others at random."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (case.batch.num_tokens, case.heads.num_kv, case.nsa.num_selected)
-    selection = torch.full(shape, -1, dtype=torch.int32)
-    for token, position in enumerate(case.batch.positions.tolist()):
-        current = position // case.nsa.page
-        for head in range(case.heads.num_kv if position >= 0 else 0):
-            others = torch.randperm(current, generator=generator)[: shape[2] - 1].tolist()
-            blocks = sorted([*others, current])
-            selection[token, head, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-    return selection
-
-
-def selected_of(case: Ragged, selection: Tensor) -> list[Tensor]:
-    chosen = selection.tolist()
-    return [
-        oracle.selected(case.q[s], case.k[r], case.v[r], at, chosen[s], page=case.nsa.page)
-        for r, s, at in case.parts()
-    ]
 
 
 def test_selected_pages_are_taken_from_given_slots() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,6 +16,7 @@ from nsa_serve.kernels.gpu.selected_attention import selected_attention
 from nsa_serve.kernels.gpu.window_attention import window_attention
 from nsa_serve.kernels.shapes import CompressedKV, NSAShape, PagedKV, StepBatch
 from tests.gpu_steps import Step, make_step
+from tests.kernel_runs import LAYOUTS, poisoned_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -25,18 +24,6 @@ NSA = NSAShape()
 # Beside multiples of d, l, a page, w and n·P; each is a context, or where a chunk starts.
 BORDERS = [16, 32, 64, 512, 1024, 2048]
 LENGTHS = [border + off for border in BORDERS for off in (-1, 0, 1)]
-# Hq, Hkv, Dk, Dv
-LAYOUTS = [(64, 4, 128, 128), (9, 3, 64, 64), (16, 2, 192, 128), (12, 4, 96, 96), (2, 2, 128, 64)]
-
-
-@contextmanager
-def poisoned_outputs() -> Iterator[None]:
-    """New tensors are full of NaN and largest integers, so that what is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def prefill_step(
@@ -100,7 +87,7 @@ def assert_selection(step: Step, selection: Tensor) -> None:
 
 def assert_layer_is_the_references(step: Step) -> None:
     batch, gates = step.batch, random_gates(*step.q.shape[:2])
-    with poisoned_outputs():
+    with poisoned_memory():
         out, selection = compressed_attention(step.q, step.compressed, batch, nsa=NSA)
         selected = selected_attention(step.q, step.kv, selection, batch, nsa=NSA)
         window = window_attention(step.q, step.kv, batch, nsa=NSA)

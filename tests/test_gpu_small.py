@@ -15,15 +15,12 @@ from nsa_serve.kernels.gpu.dense_decode import TILES, attend_short_rows
 from nsa_serve.kernels.gpu.varlen_prefill import attend_varlen, find_xformers
 from nsa_serve.kernels.shapes import NSAShape
 from tests import oracle
+from tests.against_oracle import assert_rows
 from tests.gpu_steps import make_step
+from tests.kernel_runs import interpreted
 from tests.paged import Heads
 from tests.strategies import SHAPES, Ragged, make_ragged
-from tests.test_gpu_prefill import assert_rows
 from tests.test_sampling import settings_of
-
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter serves machines without a GPU"
-)
 
 # (device, type, rows, width)
 SMALL = [

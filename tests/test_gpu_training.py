@@ -16,12 +16,11 @@ from nsa_serve.kernels.training.attention import nsa_attention
 from nsa_serve.kernels.training.compressed import compress_packed, compressed_branch
 from nsa_serve.kernels.training.packed import PackedBatch
 from nsa_serve.kernels.training.sparse_branches import sparse_branches
+from tests.kernel_runs import LAYOUTS
 
 pytestmark = pytest.mark.gpu
 
 NSA = NSAShape()
-# Hq, Hkv, Dk, Dv
-LAYOUTS = [(64, 4, 128, 128), (9, 3, 64, 64), (16, 2, 192, 128), (12, 4, 96, 96), (2, 2, 128, 64)]
 Layout = tuple[int, int, int, int]
 
 

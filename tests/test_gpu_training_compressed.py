@@ -11,12 +11,11 @@ from torch import Tensor
 from nsa_serve.kernels.shapes import CompressKind, NSAShape, Phi
 from nsa_serve.kernels.training.compressed import compress_packed, compressed_branch
 from nsa_serve.kernels.training.packed import PackedBatch
+from tests.kernel_runs import LAYOUTS, poisoned_memory
 
 pytestmark = pytest.mark.gpu
 
 NSA = NSAShape()
-# Hq, Hkv, Dk, Dv
-LAYOUTS = [(64, 4, 128, 128), (9, 3, 64, 64), (16, 2, 192, 128), (12, 4, 96, 96), (2, 2, 128, 64)]
 # Whole pages at and beside w and n·P, and single pages between them.
 LENS = [64, 512, 448, 64, 576, 1024, 960, 1088]
 
@@ -57,12 +56,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, borders: list[int]) -> Tensor:
 def run(leaves: list[Tensor], d_out: Tensor, batch: PackedBatch) -> list[Tensor]:
     """Output and gradients, with NaN in all memory that is not written."""
     leaves = [x.clone().requires_grad_() for x in leaves]
-    torch.use_deterministic_algorithms(True)
-    try:
+    with poisoned_memory():
         out, _ = compressed_branch(*leaves, batch, nsa=NSA)
         out.backward(d_out)
-    finally:
-        torch.use_deterministic_algorithms(False)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 

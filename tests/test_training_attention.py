@@ -5,8 +5,7 @@ Triton kernels run in the interpreter here, and are compared with their twins in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -23,22 +22,10 @@ from nsa_serve.kernels.training.attention import ALL_BRANCHES, nsa_attention
 from nsa_serve.kernels.training.packed import PackedBatch, as_pages
 from nsa_serve.kernels.training.sparse_branches import sparse_branches
 from tests import oracle
+from tests.kernel_runs import interpreted, poisoned_memory
 from tests.paged import Heads
 
 SMALL = NSAShape(8, 4, 16, num_selected=4, window=24)
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter serves machines without a GPU"
-)
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """New tensors are full of NaN and largest integers, so that what is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True, slots=True)

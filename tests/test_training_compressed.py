@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -24,12 +23,11 @@ from nsa_serve.kernels.training.compressed import (
 )
 from nsa_serve.kernels.training.packed import PackedBatch
 from tests import oracle
+from tests.kernel_runs import interpreted, poisoned_memory
 from tests.paged import Heads
 from tests.strategies import SHAPES
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter serves machines without a GPU"
-)
+pytestmark = interpreted
 
 SMALL = NSAShape(8, 4, 16, num_selected=4, window=24)
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 8e-3, torch.float64: 1e-9}
@@ -77,16 +75,6 @@ def make_case(
         free[entries] = False
     case.k_entries[free], case.v_entries[free] = torch.nan, torch.nan
     return case
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """New tensors are full of NaN and largest integers, so that what is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def run(case: Case, backend: str) -> list[Tensor]:
