@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nsa_serve.config import ModelSource
-from nsa_serve.kernels.shapes import NSAShape
+from nsa_serve.kernels.shapes import CompressKind, NSAShape
 from nsa_serve.models.checkpoint import Checkpoint, resolve
-from nsa_serve.models.config import ModelConfig, NSAConfig
+from nsa_serve.models.config import ModelConfig, NSAConfig, PhiConfig
 from nsa_serve.models.families import model_config, placements
 from nsa_serve.models.families.nsa_serve import nsa_to_json
 
@@ -43,6 +43,15 @@ TINY_LLAMA: dict[str, Any] = {
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+PHIS = {
+    "mean": PhiConfig(),
+    "mean with position": PhiConfig(position=True),
+    "weighted": PhiConfig(CompressKind.WEIGHTED, position=True),
+    "linear": PhiConfig(CompressKind.LINEAR),
+    "linear shared": PhiConfig(CompressKind.LINEAR, shared=True),
+    "linear low rank": PhiConfig(CompressKind.LINEAR, position=True, rank=4),
+    "mlp": PhiConfig(CompressKind.MLP),
 }
 
 
@@ -84,6 +93,10 @@ def random_tensors(folder: Path, seed: int = 0) -> dict[str, Tensor]:
 def nsa_config_json(nsa: NSAConfig, **changes: Any) -> dict[str, Any]:
     """config.json of a tiny checkpoint in our own format."""
     return {**TINY_LLAMA, "model_type": "nsa_serve", "nsa": nsa_to_json(nsa), **changes}
+
+
+def gated(phi: PhiConfig, *, before_rope: bool = False, gate_bias: bool = True) -> NSAConfig:
+    return NSAConfig(TINY_NSA, phi, phi, before_rope, gated=True, gate_bias=gate_bias)
 
 
 def write_shards(folder: Path, config: Mapping[str, Any], count: int) -> Path:

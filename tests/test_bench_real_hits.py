@@ -8,9 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from nsa_serve.bench.real_hits import COUNTS, ComparedPrefetcher, app
-from tests.checkpoints import nsa_config_json, write_checkpoint
-from tests.test_host_tier import make_requests, run, tiered
-from tests.test_models_nsa import PHIS, gated
+from tests.checkpoints import PHIS, gated, nsa_config_json, write_checkpoint
+from tests.tiered_engine import make_requests, run, tiered
 
 
 def test_books_of_the_tiers_own_size_count_what_the_tier_counts(tmp_path: Path) -> None:

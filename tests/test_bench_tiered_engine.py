@@ -10,8 +10,7 @@ from nsa_serve.bench.engine_run import BenchEngine
 from nsa_serve.bench.replay import SelectionReplay
 from nsa_serve.bench.tiered_engine import app
 from nsa_serve.kernels.shapes import StepBatch
-from tests.checkpoints import TINY_NSA, nsa_config_json, write_config
-from tests.test_models_nsa import PHIS, gated
+from tests.checkpoints import PHIS, TINY_NSA, gated, nsa_config_json, write_config
 
 CONTEXT = 640  # 40 pages
 # 50 pages on the device, 512 on the host.

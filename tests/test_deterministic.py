@@ -10,9 +10,8 @@ import pytest
 
 from nsa_serve import LLM, SamplingParams
 from nsa_serve.llm import RequestResult
-from tests.checkpoints import TINY_LLAMA, nsa_config_json, write_checkpoint
+from tests.checkpoints import PHIS, TINY_LLAMA, gated, nsa_config_json, write_checkpoint
 from tests.fake_runner import NothingExpected
-from tests.test_models_nsa import PHIS, gated
 
 # Log-probabilities show a rounding that the chosen token would hide. A page is 16 tokens.
 ASKED = SamplingParams(temperature=0.0, max_tokens=36, ignore_eos=True, logprobs=2)

@@ -19,9 +19,8 @@ from nsa_serve.memory.tier import HostTier
 from nsa_serve.runner import worker as worker_room
 from nsa_serve.schedule.plan import PageAt
 from nsa_serve.server.flags import ServeFlags, parse_disk
-from tests.checkpoints import TINY_NSA, nsa_config_json, write_checkpoint
-from tests.test_host_tier import build, make_requests, run
-from tests.test_models_nsa import PHIS, gated
+from tests.checkpoints import PHIS, TINY_NSA, gated, nsa_config_json, write_checkpoint
+from tests.tiered_engine import build, make_requests, run
 
 PAGE = TINY_NSA.page
 CACHE = 380_000  # 36 pages; the longest of these requests takes 34
@@ -185,6 +184,74 @@ def test_a_page_that_cannot_be_loaded_fails_who_would_read_it(
     monkeypatch.undo()
     again = msgspec.structs.replace(requests[0], request_id="again")
     assert run(engine, [again])["again"] == expected[requests[0].request_id]
+    tier_of(engine).close()
+
+
+def test_a_read_that_breaks_is_a_miss_and_its_request_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = make_requests(1, seed=3)
+    expected = fill(folder, tmp_path, requests)
+    engine = on_disk(folder, tmp_path)
+    store = tier_of(engine).store
+    read = store.get
+
+    def broken(digest: bytes) -> bytes | None:
+        if store.counts.read_pages:
+            raise MemoryError
+        return read(digest)
+
+    monkeypatch.setattr(store, "get", broken)
+    assert hits(engine, requests[0]) == (PAGE, expected[requests[0].request_id])
+    assert not engine._scheduler.awaits_pages
+    tier_of(engine).close()
+
+
+def test_pages_that_cannot_be_copied_or_written_are_dropped_and_fail_nobody(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    requests = make_requests(6, seed=1)
+    expected = run(build(folder), requests)
+    engine = on_disk(folder, tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(tier_of(engine), "_copied", refuse)
+        assert run(engine, requests[:3]) == {
+            r.request_id: expected[r.request_id] for r in requests[:3]
+        }
+    report = engine.stats().disk
+    assert report is not None
+    assert report.dropped_pages > 0 == report.written_bytes
+    with monkeypatch.context() as broken:
+        broken.setattr(tier_of(engine).store, "put", refuse)
+        assert run(engine, requests[3:]) == {
+            r.request_id: expected[r.request_id] for r in requests[3:]
+        }
+        tier_of(engine)._writer.submit(int).result()
+    assert tier_of(engine)._num_queued == 0
+    tier_of(engine).close()
+
+
+def test_pages_at_hand_are_let_go_where_the_step_that_was_to_load_them_fails(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"kv_cache_memory_bytes": 660_000, "kv_host_memory_bytes": 2 << 20}
+    requests = make_requests(1, seed=3)
+    fill(folder, tmp_path, requests)
+    engine = on_disk(folder, tmp_path, **both)
+    worker: Any = engine._runner
+
+    def refuse(update: Any) -> None:
+        raise RuntimeError("no memory")
+
+    failed: dict[str, str] = {}
+    with monkeypatch.context() as broken:
+        broken.setattr(worker.tier, "apply", refuse)
+        run(engine, requests, failed=failed)
+    assert list(failed) == [requests[0].request_id]
+    assert not tier_of(engine)._at_hand
     tier_of(engine).close()
 
 

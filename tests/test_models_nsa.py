@@ -12,30 +12,26 @@ from torch.nn import functional as F
 
 from nsa_serve.config import AttentionMode
 from nsa_serve.errors import ConfigError
-from nsa_serve.kernels.shapes import CompressKind, NSAShape
+from nsa_serve.kernels.shapes import NSAShape
 from nsa_serve.models.config import ModelConfig, NSAConfig, PhiConfig, with_attention, with_context
 from nsa_serve.models.decoder import Decoder
 from nsa_serve.models.loader import load_decoder
 from nsa_serve.models.rope import inverse_frequencies
 
 from . import oracle
-from .checkpoints import CPU, TINY_LLAMA, TINY_NSA, nsa_config_json, open_model, write_checkpoint
+from .checkpoints import (
+    CPU,
+    PHIS,
+    TINY_LLAMA,
+    TINY_NSA,
+    gated,
+    nsa_config_json,
+    open_model,
+    write_checkpoint,
+)
 from .model_steps import PagedModel
 
 LENGTH = 131
-PHIS = {
-    "mean": PhiConfig(),
-    "mean with position": PhiConfig(position=True),
-    "weighted": PhiConfig(CompressKind.WEIGHTED, position=True),
-    "linear": PhiConfig(CompressKind.LINEAR),
-    "linear shared": PhiConfig(CompressKind.LINEAR, shared=True),
-    "linear low rank": PhiConfig(CompressKind.LINEAR, position=True, rank=4),
-    "mlp": PhiConfig(CompressKind.MLP),
-}
-
-
-def gated(phi: PhiConfig, *, before_rope: bool = False, gate_bias: bool = True) -> NSAConfig:
-    return NSAConfig(TINY_NSA, phi, phi, before_rope, gated=True, gate_bias=gate_bias)
 
 
 def load(folder: Path) -> tuple[Decoder, ModelConfig]:

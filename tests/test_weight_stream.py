@@ -17,9 +17,8 @@ from nsa_serve.models.weight_stream import NUM_BUFFERS, StreamPlan, WeightStream
 from nsa_serve.runner.model_runner import StreamCount
 from nsa_serve.runner.worker import Worker
 from nsa_serve.stats import StreamReport
-from tests.checkpoints import nsa_config_json, write_checkpoint
+from tests.checkpoints import PHIS, gated, nsa_config_json, write_checkpoint
 from tests.model_steps import PagedModel
-from tests.test_models_nsa import PHIS, gated
 
 CPU = torch.device("cpu")
 LAYERS = 7
