@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -10,12 +11,16 @@ from ..config import AttentionMode, DType, EngineConfig
 from ..errors import ConfigError, NSAServeError
 from ..runner.budget import shown
 from ..server.flags import parse_bytes, refuse
+from .cards import Card, card_named
 from .engine_run import shape_folder
+from .latency import decode_floor
+from .measure import Ceilings
 from .report import show_table
 from .sizing import Sizing
 
-# Sizes that cards are sold in.
-_CARDS = ("24GiB", "48GiB", "80GiB", "139GiB", "178GiB")
+# Where none are asked for: of each size that cards are sold in one, and sizes of host memory.
+_CARDS = ("RTX-4090", "L40S", "H100-80GB", "H200", "B200")
+_HOSTS = ("8GiB", "16GiB", "32GiB", "64GiB", "128GiB")
 
 app = typer.Typer(add_completion=False)
 
@@ -30,9 +35,13 @@ def plan(
     ] = None,
     context: Annotated[str, typer.Option(help="Tokens of a request, such as 64k.")] = "8k",
     streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    card: Annotated[
+        list[str] | None,
+        typer.Option(help="A card's name, such as H200 or L40S; repeat.", show_default=False),
+    ] = None,
     memory: Annotated[
         list[str] | None,
-        typer.Option(help="Free memory of a card, such as 80GiB; repeat.", show_default=False),
+        typer.Option(help="Free memory, such as 80GiB, of any other; repeat.", show_default=False),
     ] = None,
     attention: Annotated[AttentionMode, typer.Option(help="As for serve.")] = AttentionMode.AUTO,
     dtype: Annotated[DType, typer.Option(help="As for serve.")] = DType.AUTO,
@@ -55,7 +64,8 @@ def plan(
         if device not in ("cuda", "cpu"):
             raise ConfigError(f"--device is cuda or cpu, not {device}")
         sizing = Sizing.of(config, device)
-        show(sizing, parse_tokens(context), streams, [parse_bytes(m) for m in memory or _CARDS])
+        cards = _cards(device, card or [], memory or [])
+        show(sizing, parse_tokens(context), streams, cards)
     except NSAServeError as error:
         raise refuse(error) from None
 
@@ -64,6 +74,15 @@ def _model(model: str | None, shape: str | None) -> str | None:
     if model and shape:
         raise ConfigError(f"MODEL is {model} and --shape {shape}; give one")
     return str(shape_folder(shape)) if shape else model
+
+
+def _cards(device: str, names: list[str], sizes: list[str]) -> list[Card]:
+    """Those that were asked for, or the usual ones of the device."""
+    if device == "cpu" and names:
+        raise ConfigError(f"--card {names[0]} has no use with --device cpu; give --memory")
+    if not (names or sizes):
+        names, sizes = ([], list(_HOSTS)) if device == "cpu" else (list(_CARDS), [])
+    return [*map(card_named, names), *(Card("", parse_bytes(size)) for size in sizes)]
 
 
 def parse_tokens(text: str) -> int:
@@ -77,17 +96,17 @@ def parse_tokens(text: str) -> int:
     return number
 
 
-def show(sizing: Sizing, context: int, streams: int, cards: list[int]) -> None:
+def show(sizing: Sizing, context: int, streams: int, cards: list[Card]) -> None:
     """Two tables: what the load takes, and what each card holds."""
     if context > sizing.model.max_position:
         raise ConfigError(
             f"--context {context} exceeds the model's {sizing.model.max_position} tokens"
         )
     show_table(f"{streams} × {context:,} tokens", ("", ""), _load_rows(sizing, context, streams))
-    columns = ("free memory", "cache", "tokens", "longest context", "streams", "this load")
+    columns = ("on", "cache", "tokens", "longest context", "streams", "this load")
     needed = sizing.needed_bytes(context, streams)
-    rows = [_card_row(sizing, free, context, fits=streams, needed=needed) for free in cards]
-    show_table("on a card with", columns, rows)
+    rows = [_card_row(sizing, card, context, fits=streams, needed=needed) for card in cards]
+    show_table("what fits", columns, rows)
 
 
 def _load_rows(sizing: Sizing, context: int, streams: int) -> list[tuple[str, str]]:
@@ -116,14 +135,27 @@ def _weight_rows(sizing: Sizing) -> list[tuple[str, str]]:
 
 
 def _card_row(
-    sizing: Sizing, free: int, context: int, *, fits: int, needed: int
+    sizing: Sizing, card: Card, context: int, *, fits: int, needed: int
 ) -> tuple[Any, ...]:
+    free = card.memory
+    label = f"{card.name} {shown(free)}".lstrip()
     size = sizing.cache_size(free)
     if size is None:
-        return shown(free), "–", "–", "–", 0, "no"
+        return label, "–", "–", "–", 0, "no"
     streams = sizing.streams_that_fit(free, context)
     device, host = sizing.held_bytes(free)
     held = f"{shown(device)} + {shown(host)} of the host" if host else shown(device)
     tokens = size.num_blocks * sizing.layout.page
-    verdict = "yes" if streams >= fits else f"no: {shown(max(needed - free, 0))} more"
-    return shown(free), held, f"{tokens:,}", f"{size.max_model_len:,}", streams, verdict
+    verdict = f"no: {shown(max(needed - free, 0))} more"
+    if streams >= fits:
+        verdict = f"yes{_least_step(sizing, card, context, fits)}"
+    return label, held, f"{tokens:,}", f"{size.max_model_len:,}", streams, verdict
+
+
+def _least_step(sizing: Sizing, card: Card, context: int, streams: int) -> str:
+    """The time in which the card could read what a decode step of the load must read."""
+    if card.bandwidth is None:
+        return ""
+    ceilings = Ceilings(card.bandwidth, math.inf)
+    floor = decode_floor(sizing.model, sizing.weight_bytes, streams, context, ceilings)
+    return f", a step ≥ {floor:.3g} ms"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from nsa_serve.bench import report
+from nsa_serve.bench.cards import CARDS, card_named
 from nsa_serve.bench.engine_run import shape_folder
 from nsa_serve.bench.plan_cli import parse_tokens
 from nsa_serve.bench.sizing import Sizing
@@ -25,6 +27,7 @@ from tests.live_tensors import LiveTensors
 from tests.test_models_four_bit import KINDS, WIDE_LLAMA
 
 GIB = 1 << 30
+CASE = (40, 65536)  # requests of so many tokens
 RECORD = Path(__file__).parent.parent / "bench/results/h200/latency_8b_nsa.json"
 
 
@@ -209,6 +212,47 @@ def test_the_command_tells_what_lies_in_host_memory():
     assert "layers streamed from host memory" in text
 
 
+def test_cards_are_known_by_name_and_others_by_their_memory():
+    text = plan(
+        *("--shape", "8b", "--context", "64k", "--streams", "40"),
+        *("--card", "h200", "--card", "NVIDIA A100-40GB", "--memory", "150GiB"),
+    ).stdout
+    cards = text.partition("what fits")[2].splitlines()
+    h200, a100, other = (line for line in cards if line.startswith("│"))
+    assert "H200 139.00 GiB" in h200
+    assert "A100-40GB 39.00 GiB" in a100
+    assert "no: 71.73 GiB more" in a100
+    assert other.count("yes") == 1
+    assert "≥" not in other
+
+
+@pytest.mark.parametrize(("device", "shown"), [("cuda", "RTX-4090"), ("cpu", "16.00 GiB")])
+def test_without_cards_those_of_each_size_are_shown(device, shown):
+    assert shown in plan("--shape", "135m", "--device", device).stdout
+
+
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "4090"])
+def test_a_cards_name_may_be_spelt_in_several_ways(name):
+    assert card_named(name).name == "RTX-4090"
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_every_card_is_found_by_its_name(card):
+    assert card_named(card.name) is card
+
+
+def test_the_least_time_of_a_step_is_below_what_was_measured_on_that_card():
+    record = json.loads(RECORD.read_text())
+    point = next(p for p in record["points"] if (p["num_requests"], p["context_len"]) == CASE)
+    streams, context = map(str, CASE)
+    arguments = ("--shape", "8b", "--context", context, "--streams", streams, "--card", "H200")
+    told = float(re.search(r"a step ≥ ([\d.]+) ms", plan(*arguments).stdout)[1])
+    # The record's own bound is at the bandwidth that a copy reached there.
+    reached = record["ceilings"]["bytes_per_s"] / card_named("H200").bandwidth
+    assert told == pytest.approx(point["floor_ms"] * reached, rel=0.005)
+    assert told < point["ms"]["median"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
@@ -219,6 +263,10 @@ def test_the_command_tells_what_lies_in_host_memory():
         (("--shape", "135m", "--context", "1m"), "exceeds the model's"),
         (("--shape", "8b", "--memory", "much"), "no number of bytes"),
         (("--shape", "8b", "--device", "tpu"), "--device"),
+        (("--shape", "8b", "--card", "MI300X"), "--card MI300X is not one of B200, H200, "),
+        (("--shape", "8b", "--card", "-"), "RTX-3090; give its memory, --memory 80GiB"),
+        (("--shape", "8b", "--card", "h100"), "may be one of H100-80GB, H100-NVL, H100-PCIe"),
+        (("--shape", "135m", "--device", "cpu", "--card", "L4"), "has no use with --device cpu"),
         (("m", "--shape", "8b"), "give one"),
     ],
 )
