@@ -1,11 +1,14 @@
 """The engine over a device tier of a few pages and a host tier, on a CPU: the same text."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 
+from nsa_serve.engine.engine import OUT_OF_MEMORY
 from nsa_serve.errors import ConfigError, PromptTooLong
 from nsa_serve.memory.copy_lane import SameLane
 from nsa_serve.request import EngineRequest, SamplingParams
@@ -106,6 +109,31 @@ def test_a_lost_page_fails_the_requests_that_hold_it_and_no_other(folder: Path) 
     assert lane.number > 9
     assert 0 < len(failed) < 12
     assert set(failed.values()) == {PAGE_LOST}
+    for request_id, tokens in found.items():
+        whole = len(tokens) if request_id in failed else None
+        assert tokens == expected[request_id][:whole]
+
+
+def test_what_a_step_without_memory_did_not_note_of_pages_is_noted_by_the_next(
+    folder: Path,
+) -> None:
+    requests = make_requests(24, seed=1)
+    expected = run(build(folder), requests)
+    engine = tiered(folder)
+    runner: Any = engine._runner
+    prefetcher = runner._runner.tier.prefetcher
+    forget, numbers = prefetcher.forget, itertools.count()
+
+    def scarce(block_ids: torch.Tensor) -> None:
+        if next(numbers) % 10 == 9:
+            raise RuntimeError("can't allocate memory")
+        forget(block_ids)
+
+    prefetcher.forget = scarce
+    failed: dict[str, str] = {}
+    found = run(engine, requests, failed=failed)
+    assert 0 < len(failed) < 24
+    assert set(failed.values()) == {OUT_OF_MEMORY}
     for request_id, tokens in found.items():
         whole = len(tokens) if request_id in failed else None
         assert tokens == expected[request_id][:whole]

@@ -2,6 +2,8 @@
 
 import errno
 import os
+from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -28,6 +30,12 @@ def open_store(root, **options):
 def fill(store, numbers):
     for number in numbers:
         store.put(digest(number), content(number))
+
+
+def damage_first_page(path):
+    raw = bytearray(path.read_bytes())
+    raw[-4 * PAGE] ^= 1
+    path.write_bytes(raw)
 
 
 def files(root):
@@ -177,3 +185,88 @@ def test_cleared_pages_are_gone_from_the_disk_too(tmp_path):
     store.clear()
     assert store.num_pages == 0
     assert len(files(tmp_path)) == 1
+
+
+def test_a_head_that_counts_more_pages_than_there_can_be_is_damage(tmp_path):
+    fill(open_store(tmp_path), range(4))
+    (path,) = files(tmp_path)
+    damaged = bytearray(path.read_bytes())
+    damaged[48:52] = b"\xff" * 4
+    path.write_bytes(damaged)
+    store = open_store(tmp_path)
+    assert store.num_pages == 0
+    assert store.counts.bad_pages == 4
+    assert not files(tmp_path)
+
+
+def test_nobody_waits_for_a_file_that_is_being_written(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    found = []
+
+    def ask():
+        found.append((digest(1) in store, digest(7) in store, store.get(digest(1))))
+
+    def slow(descriptor):
+        asking = Thread(target=ask)
+        asking.start()
+        asking.join(5)
+        found.append("written")
+
+    monkeypatch.setattr(page_store.os, "fsync", slow)
+    fill(store, range(4))
+    assert found == [(True, False, content(1)), "written"]
+    assert store.get(digest(1)) == content(1)
+
+
+def test_pages_that_are_cleared_while_they_are_written_do_not_come_back(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    monkeypatch.setattr(page_store.os, "fsync", lambda descriptor: store.clear())
+    fill(store, range(4))
+    assert (store.num_pages, store.num_bytes, files(tmp_path)) == (0, 0, [])
+
+
+def test_a_disk_that_refuses_to_remove_files_is_only_read(tmp_path, monkeypatch):
+    store = open_store(tmp_path, max_bytes=2 * 4 * PAGE + 1000)
+    fill(store, range(8))
+    damage_first_page(files(tmp_path)[0])
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert [store.get(digest(n)) is None for n in range(8)].count(True) == 4
+    monkeypatch.setattr(page_store.os, "open", refuse)
+    fill(store, range(8, 16))
+    assert not store.is_writing
+
+
+def test_what_a_killed_server_was_writing_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    store = open_store(tmp_path)
+    fill(store, range(4))
+    folder = files(tmp_path)[0].parent
+    other = tmp_path / "of another model"
+    other.mkdir()
+    old = [folder / "a.17.part", other / "b.17.part"]
+    new = folder / "c.18.part"
+    for path in (*old, new):
+        path.write_bytes(b"half a file")
+    for path in old:
+        os.utime(path, (0, 0))
+    open_store(tmp_path)
+    assert [path.exists() for path in (*old, new)] == [False, False, True]
+
+
+def test_pages_in_two_files_are_counted_and_cleared_in_both(tmp_path):
+    one, two = open_store(tmp_path), open_store(tmp_path)
+    fill(one, [0, 1, 2, 3])
+    (first,) = files(tmp_path)
+    fill(two, [3, 2, 1, 0])
+    os.utime(first, (1, 1))
+    store = open_store(tmp_path)
+    damage_first_page(first)
+    assert store.get(digest(0)) is None
+    fill(store, [3, 2, 1, 0])  # a file of that name is there
+    assert store.num_bytes == sum(path.stat().st_size for path in files(tmp_path))
+    fill(two, [4, 5, 6, 7])
+    open_store(tmp_path).clear()
+    assert not files(tmp_path)

@@ -18,6 +18,7 @@ from ..models.weight_stream import WeightStream
 from ..request import TokenTrace
 from ..schedule.plan import (
     DiskReport,
+    ResidenceUpdate,
     SampledToken,
     ScheduledChunk,
     StepPlan,
@@ -186,9 +187,17 @@ class ModelRunner:
         if self.disk is not None and plan.departing:
             self.disk.save(plan.departing)
         if self.tier is not None and plan.residence is not None:
-            self.tier.apply(plan.residence)
+            self._apply_residence(self.tier, plan, plan.residence)
         if self.disk is not None and plan.arriving:
             self.disk.load(plan.arriving)
+
+    def _apply_residence(self, tier: HostTier, plan: StepPlan, update: ResidenceUpdate) -> None:
+        try:
+            tier.apply(update)
+        except Exception:
+            if self.disk is not None:  # its pages have no place, and nobody comes for them again
+                self.disk.discard([page.digest for page in plan.arriving])
+            raise
 
     def _take_lost(self) -> tuple[int, ...]:
         moved = () if self.tier is None else self.tier.take_lost()
