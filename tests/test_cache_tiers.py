@@ -8,10 +8,9 @@ from nsa_serve.cache.host_slots import HostSlots
 from nsa_serve.cache.manager import NearPages
 from nsa_serve.cache.tiers import TieredResidence, TierSizes
 from nsa_serve.config import Policy
-from nsa_serve.errors import Overloaded, PromptTooLong
-from nsa_serve.request import FinishReason
 
-from .fake_runner import DEPTHS, draw_prompt, make_request, run_alone
+from .fake_runner import DEPTHS, make_request, run_alone
+from .random_load import RandomLoad
 from .tiered_runner import TieredHarness
 
 HOST = 100
@@ -161,14 +160,13 @@ def test_as_many_requests_run_as_their_near_pages_fit_on_the_device():
     assert house.scheduler.snapshot().num_preemptions == 0
 
 
-class Fuzz:
-    """Random requests, endings and resets over a device tier of a few pages."""
+class Fuzz(RandomLoad):
+    """Over a device tier of a few pages."""
 
     def __init__(self, draw: random.Random, policy: Policy, depth: int) -> None:
-        self.draw = draw
         page, near, budget = draw.choice([3, 4]), draw.choice([2, 7]), draw.choice([5, 8])
         slab = draw.choice([1, 2, 4])
-        self.house = TieredHarness(
+        house = TieredHarness(
             num_device=draw.choice([10, 14]),
             num_host=draw.choice([4, 12, 40]) * slab,
             slab=slab,
@@ -182,51 +180,24 @@ class Fuzz:
             max_model_len=64,
             max_num_queued_reqs=20,
         )
-        self.requests: dict[str, object] = {}
-        self.live: set[str] = set()
+        super().__init__(draw, house)
 
-    def add(self) -> None:
-        request_id, prompt = f"r{len(self.requests)}", draw_prompt(self.draw)
-        sampling = {
+    def operations(self):
+        return {self.step: 60, self.add: 25, self.end_early: 4, self.preempt: 4, self.reset: 1}
+
+    def draw_options(self):
+        return {
             "seed": self.draw.randrange(3),
             "max_tokens": self.draw.randrange(1, 24),
             "ignore_eos": self.draw.random() < 0.6,
             "priority": self.draw.randrange(3),
         }
-        try:
-            self.house.add(request_id, prompt, **sampling)
-        except (Overloaded, PromptTooLong):
-            return
-        self.requests[request_id] = make_request(request_id, prompt, **sampling)
-        self.live.add(request_id)
-
-    def end_early(self) -> None:
-        if self.live:
-            request_id = self.draw.choice(sorted(self.live))
-            assert self.house.scheduler.finish(request_id, FinishReason.ABORT, self.house.now)
-            self.live.remove(request_id)
-            self.house.scheduler.check()
 
     def preempt(self) -> None:
         roster = self.house.scheduler._roster
         if roster.running:
             roster.preempt(self.draw.choice(roster.running), 0)
             self.house.scheduler.check()
-
-    def reset(self) -> None:
-        self.house.scheduler.reset_prefix_cache()
-        self.house.scheduler.check()
-
-    def step(self) -> None:
-        self.house.step()
-        for request_id in [r for r in self.live if self.house.is_ended(r)]:
-            self.live.remove(request_id)
-            request = self.requests[request_id]
-            assert self.house.outputs[request_id] == run_alone(request, request.sampling.seed)
-
-    def operate(self) -> None:
-        kinds = [self.step, self.add, self.end_early, self.preempt, self.reset]
-        self.draw.choices(kinds, [60, 25, 4, 4, 1])[0]()
 
 
 @DEPTHS
@@ -236,12 +207,7 @@ def test_random_operations_over_two_tiers_keep_every_page_and_every_text(policy,
     totals = {"preempted": 0, "hits": 0, "out": 0, "in": 0}
     for _ in range(10):
         fuzz = Fuzz(draw, policy, depth)
-        for _ in range(120):
-            fuzz.operate()
-        while fuzz.house.scheduler.has_work:
-            fuzz.step()
-        fuzz.house.drain()
-        assert not fuzz.live
+        fuzz.run(120)
         stats = fuzz.house.scheduler.snapshot()
         totals["preempted"] += stats.num_preemptions
         totals["hits"] += stats.prefix_hits

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from nsa_serve.cache.manager import CacheManager, NearPages
-from nsa_serve.request import FinishReason
-from tests.fake_runner import DEPTHS, FakeRunner, Harness, draw_prompt, make_request, run_alone
+from tests.fake_runner import DEPTHS, FakeRunner, Harness
+from tests.random_load import RandomLoad
 from tests.tiered_runner import SPACE, TieredHarness, TieredRunner
 
 
@@ -126,51 +126,26 @@ class TwoTiers(TieredHarness):
         )
 
 
-class Load:
-    """Random requests that share prefixes, some of which end early; resets now and then."""
+class Load(RandomLoad):
+    """Requests that share prefixes, over pages that come and go."""
 
     def __init__(self, draw, kind, depth):
-        self.draw = draw
         page_size = draw.choice([3, 4])
         self.shelf = FakeShelf(draw, page_size)
-        self.house = kind(
+        house = kind(
             self.shelf, page_size=page_size, budget=8, depth=depth, max_num_seqs=5,
             max_model_len=64,
         )  # fmt: skip
-        self.requests = {}
-        self.live = set()
+        super().__init__(draw, house)
 
-    def add(self):
-        name, prompt = f"r{len(self.requests)}", draw_prompt(self.draw)
-        options = {
+    def operations(self):
+        return {self.step: 70, self.add: 25, self.end_early: 4, self.reset: 0.3}
+
+    def draw_options(self):
+        return {
             "seed": self.draw.randrange(3), "max_tokens": self.draw.randrange(1, 12),
             "salt": self.draw.choice(["", "", "s"]),
         }  # fmt: skip
-        self.house.add(name, prompt, **options)
-        self.requests[name] = make_request(name, prompt, **options)
-        self.live.add(name)
-
-    def end_early(self):
-        if self.live:
-            name = self.draw.choice(sorted(self.live))
-            self.house.scheduler.finish(name, FinishReason.ABORT, self.house.now)
-            self.live.remove(name)
-            self.house.scheduler.check()
-
-    def reset(self):
-        self.house.scheduler.reset_prefix_cache()
-        self.house.scheduler.check()
-
-    def step(self):
-        self.house.step()
-        for name in [name for name in self.live if self.house.is_ended(name)]:
-            self.live.remove(name)
-            request = self.requests[name]
-            assert self.house.outputs[name] == run_alone(request, request.sampling.seed)
-
-    def operate(self):
-        kinds = [self.step, self.add, self.end_early, self.reset]
-        self.draw.choices(kinds, [70, 25, 4, 0.3])[0]()
 
 
 @DEPTHS
@@ -180,12 +155,7 @@ def test_random_loads_keep_every_text_with_pages_that_come_and_go(kind, depth):
     totals = Counter()
     for _ in range(8):
         load = Load(draw, kind, depth)
-        for _ in range(150):
-            load.operate()
-        while load.house.scheduler.has_work:
-            load.step()
-        load.house.drain()
-        assert not load.live
+        load.run(150)
         shelf = load.shelf
         for _ in range(50):  # fetches of those that ended early
             load.house.scheduler._roster.reads.take_ended()
