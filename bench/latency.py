@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..kernels import cost
 from ..models.config import ModelConfig
 from .engine_run import BenchEngine
 from .measure import Ceilings, Timing, summarise
@@ -62,11 +63,7 @@ def time_to_first_token(bench: BenchEngine, length: int, repeats: int, floor: fl
     samples = []
     for i in range(repeats + 1):
         prompt = bench.prompt(length, seed=length + i)
-        start = time.perf_counter()
-        bench.add(f"ttft-{i}", prompt, max_tokens=1)
-        bench.run_until_first_tokens()
-        samples.append(1e3 * (time.perf_counter() - start))
-        bench.finish()
+        samples.append(_first_token_ms(bench, f"ttft-{i}", prompt))
         bench.parts.scheduler.reset_prefix_cache()
     return Point("ttft", 1, length, summarise(samples[1:], 1), floor, _peak())
 
@@ -78,14 +75,19 @@ def new_turns(bench: BenchEngine, cached: int, new: int, turns: int, floor: floa
     samples = []
     for i in range(turns + 1):
         turn = prompt + bench.prompt(new, seed=cached + 1 + i)
-        start = time.perf_counter()
-        bench.add(f"turn-{i}", turn, max_tokens=1)
-        bench.run_until_first_tokens()
-        samples.append(1e3 * (time.perf_counter() - start))
-        bench.finish()
+        samples.append(_first_token_ms(bench, f"turn-{i}", turn))
     bench.parts.scheduler.reset_prefix_cache()
     p99 = sorted(samples[1:])[math.ceil(0.99 * turns) - 1]
     return Point("turn", 1, cached, summarise(samples[1:], 1), floor, _peak(), p99)
+
+
+def _first_token_ms(bench: BenchEngine, name: str, prompt: list[int]) -> float:
+    start = time.perf_counter()
+    bench.add(name, prompt, max_tokens=1)
+    bench.run_until_first_tokens()
+    elapsed = time.perf_counter() - start
+    bench.finish()
+    return 1e3 * elapsed
 
 
 def decode_steps(bench: BenchEngine, num_requests: int, context: int, floor: float) -> Point:
@@ -136,8 +138,6 @@ def linear_flops_per_token(model: ModelConfig) -> int:
 
 def prefill_floor(model: ModelConfig, length: int, ceilings: Ceilings) -> float:
     """ms: linear layers and attention at the measured matrix rate."""
-    from ..kernels import cost
-
     flops = length * linear_flops_per_token(model)
     if model.nsa is None:
         heads = cost.Heads(
@@ -159,8 +159,6 @@ def decode_floor(
     model: ModelConfig, weight_bytes: int, num_requests: int, context: int, ceilings: Ceilings
 ) -> float:
     """ms: the weights and what the attention must read, once, at the measured bandwidth."""
-    from ..kernels import cost
-
     if model.nsa is None:
         per_token = 2 * model.num_kv_heads * (model.head_dim_k + model.head_dim_v)
         cache_bytes = num_requests * context * per_token

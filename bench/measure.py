@@ -92,6 +92,16 @@ def time_graph(runs: Sequence[Callable[[], object]], *, repeats: int = 20) -> Ti
     )
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Device memory that ``run`` takes at its highest beyond what is there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 @dataclass(frozen=True, slots=True)
 class Ceilings:
     """What this device reached in this run: a large copy and a large bf16 matrix product."""

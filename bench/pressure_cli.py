@@ -115,13 +115,12 @@ def measure_beside_long(
         )
         conditions: dict[str, Any] = {"simulated": asdict(H200_8B)}
     else:
-        bench = BenchEngine.start(
-            shape, device=device, kv_cache_memory_bytes=kv_cache_memory_bytes,
+        engine = _warm_engine(
+            shape, long_len, device=device, kv_cache_memory_bytes=kv_cache_memory_bytes,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=long_len + PAGE, max_num_seqs=num_decoding + 4,
         )  # fmt: skip
-        engine, conditions = TimedEngine(bench), _conditions(shape, bench)
-        _warm_up(engine, long_len)
+        conditions = _conditions(shape, engine.bench)
     found = beside_long(
         engine, long_len=long_len, short_len=short_len, token_budget=max_num_batched_tokens,
         num_trials=num_trials, num_decoding=num_decoding,
@@ -163,18 +162,16 @@ def measure_oversubscribed(
             found.append(oversubscribed(simulated, work, factor))
         conditions["simulated"] = asdict(H200_8B)
     else:
-        bench = BenchEngine.start(
-            shape, device=device, kv_cache_memory_bytes=kv_cache_memory_bytes,
+        engine = _warm_engine(
+            shape, prompt_len, device=device, kv_cache_memory_bytes=kv_cache_memory_bytes,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=2 * prompt_len + 4 * output_len, max_num_queued_reqs=num_requests,
             kv_host_memory_bytes=kv_host_memory_bytes,
         )  # fmt: skip
-        engine = TimedEngine(bench)
-        conditions |= _conditions(shape, bench)
-        _warm_up(engine, prompt_len)
+        conditions |= _conditions(shape, engine.bench)
         for factor in FACTORS:
             found.append(oversubscribed(engine, work, factor))
-            bench.parts.scheduler.reset_prefix_cache()
+            engine.bench.parts.scheduler.reset_prefix_cache()
     columns = ("open / what fits", "open", "output tokens/s", "preempted", "share of the best")
     best = max(point.output_tokens_per_s for point in found)
     rows = [
@@ -190,11 +187,13 @@ def measure_oversubscribed(
     save_json(result_dir / name, {**conditions, **summary(found)})
 
 
-def _warm_up(engine: Served, num_prompt: int) -> None:
-    """One request, so that kernels are compiled and memory is touched."""
+def _warm_engine(shape: str, num_prompt: int, **flags: Any) -> TimedEngine:
+    """After one request of so many tokens: kernels are compiled and memory was touched."""
+    engine = TimedEngine(BenchEngine.start(shape, **flags))
     engine.add("warm-up", num_prompt, 4)
     while engine.has_work:
         engine.turn()
+    return engine
 
 
 def _conditions(shape: str, bench: BenchEngine) -> dict[str, Any]:

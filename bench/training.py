@@ -20,7 +20,7 @@ from ..kernels.shapes import Compressor, NSAShape
 from ..kernels.training.attention import nsa_attention
 from ..kernels.training.packed import PackedBatch
 from .kernels import Row, must_agree
-from .measure import time_device
+from .measure import peak_bytes, time_device
 from .synthetic import AttentionShape, local_selection
 
 Tensor = torch.Tensor
@@ -95,19 +95,9 @@ def _timed(
     repeats = 3 if length >= 32768 else 10
     timing = time_device(attend, repeats=repeats, warmup=1)
     yield Row("training", f"{name}, forward", 1, length, timing)
-    peak = _peak_bytes(lambda: torch.autograd.grad(attend(), leaves, d_out))
+    peak = peak_bytes(lambda: torch.autograd.grad(attend(), leaves, d_out))
     out = attend()
     backward = partial(torch.autograd.grad, out, leaves, d_out, retain_graph=True)
     timing = time_device(backward, repeats=repeats, warmup=1)
     inputs = sum(x.nbytes for x in (*leaves, d_out))
     yield Row("training", f"{name}, backward", 1, length, timing, peak_bytes=peak + inputs)
-
-
-def _peak_bytes(run: Callable[[], object]) -> int:
-    """Device memory that ``run`` takes at its highest beyond what is there before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

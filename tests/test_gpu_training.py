@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nsa_serve.bench.measure import peak_bytes
 from nsa_serve.kernels import dispatch
 from nsa_serve.kernels.shapes import Branch, CompressKind, Compressor, NSAShape, Phi
 from nsa_serve.kernels.training.attention import nsa_attention
@@ -113,15 +112,6 @@ def test_with_all_blocks_selected_gradients_are_those_of_dense_attention(layout:
     assert_near((out, *found), (wanted, *torch.autograd.grad(wanted, exact, d_out.double())))
 
 
-def peak_of(run: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def test_a_training_step_takes_at_most_the_memory_of_flash_attention_and_a_third() -> None:
     layout, tokens = LAYOUTS[0], 16384
     batch = PackedBatch.build([tokens], nsa=NSA, device="cuda")
@@ -138,4 +128,4 @@ def test_a_training_step_takes_at_most_the_memory_of_flash_attention_and_a_third
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         torch.autograd.grad(out, leaves[:3], d_out.transpose(0, 1)[None])
 
-    assert inputs + peak_of(sparse) <= 1.3 * (inputs + peak_of(flash))
+    assert inputs + peak_bytes(sparse) <= 1.3 * (inputs + peak_bytes(flash))
