@@ -21,6 +21,10 @@ class InvalidParameter(RequestError):
     """A field has a wrong type or value."""
 
 
+class UnreadableBody(InvalidParameter):
+    """The body did not come whole, or is no JSON."""
+
+
 class PromptTooLong(RequestError):
     """Prompt, or prompt and max_tokens together, exceed the context."""
 

@@ -10,7 +10,7 @@ from typing import ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from ..errors import InvalidParameter
+from ..errors import UnreadableBody
 from .errors import bounded, invalid_fields
 
 T = TypeVar("T", bound="Body")
@@ -64,19 +64,19 @@ class UnknownNames:
 
 
 async def read_json_bytes(request: Request) -> bytes:
-    """The body, if it says that it is JSON and comes whole; ``InvalidParameter`` if not."""
+    """The body, if it says that it is JSON and comes whole; ``UnreadableBody`` if not."""
     sent = request.headers.get("content-type", "")
     kind = sent.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and "+json" in kind):
         shown = bounded(repr(sent), 100) if sent else "none"
-        raise InvalidParameter(f"content-type must be application/json, not {shown}")
+        raise UnreadableBody(f"content-type must be application/json, not {shown}")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             return await request.body()
     except TimeoutError:
-        raise InvalidParameter(f"the body was not complete after {BODY_SECONDS:g} s") from None
+        raise UnreadableBody(f"the body was not complete after {BODY_SECONDS:g} s") from None
     except ClientDisconnect:
-        raise InvalidParameter("the connection was closed before the body was complete") from None
+        raise UnreadableBody("the connection was closed before the body was complete") from None
 
 
 def parse(model: type[T], body: bytes) -> T:
@@ -85,7 +85,7 @@ def parse(model: type[T], body: bytes) -> T:
         body.decode()
     except UnicodeDecodeError as error:
         message = f"the body is not valid UTF-8 (byte {error.start})"
-        raise InvalidParameter(message) from None
+        raise UnreadableBody(message) from None
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

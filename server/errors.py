@@ -29,6 +29,7 @@ from ..errors import (
     ServerError,
     StepFailed,
     TraceNotFound,
+    UnreadableBody,
 )
 
 MAX_ERRORS = 10
@@ -43,7 +44,7 @@ logger = logging.getLogger("nsa_serve")
 class ErrorRow:
     """How one class of errors looks over HTTP. ``public`` replaces messages about our insides.
 
-    ``plain`` messages have nothing of a request in them but numbers: the log may tell them.
+    ``plain`` messages have nothing of a body in them but numbers: the log may tell them.
     """
 
     status: int
@@ -62,6 +63,7 @@ TABLE: tuple[tuple[type[BaseException], ErrorRow], ...] = (
     (InvalidAPIKey, ErrorRow(401, "authentication_error", plain=True)),
     (BodyTooLarge, ErrorRow(413, "invalid_request_error", plain=True)),
     (PromptTooLong, ErrorRow(400, "invalid_request_error", plain=True)),
+    (UnreadableBody, ErrorRow(400, "invalid_request_error", plain=True)),
     (RequestError, ErrorRow(400, "invalid_request_error")),
     (Overloaded, ErrorRow(503, "overloaded_error", "overloaded", plain=True)),
     # Not 504: the limit is the request's own or one that holds for all, and no gateway's.
@@ -126,7 +128,7 @@ def reason_of(error: BaseException) -> str:
     """An error as the log may tell it: of a request nothing but the name of a field."""
     row = row_of(error)
     if row.public is not None or row.plain:
-        return row.public or bounded(str(error), MAX_ECHO)
+        return row.public or bounded(str(error).rstrip("."), MAX_ECHO)
     kind = re.sub("(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
     # What follows in a field's path may be the client's own key.
     field = re.match(r"[a-z_]{1,64}(\[\d+\])?", getattr(error, "param", None) or "")
@@ -165,6 +167,8 @@ def path_of(location: Sequence[int | str]) -> str:
 def invalid_fields(error: ValidationError) -> InvalidParameter:
     """What pydantic found, as one error that names the first field and tells of at most ten."""
     found = error.errors(include_url=False, include_context=False)
+    if found[0]["type"] == "json_invalid":
+        return UnreadableBody(f"the body is not valid JSON: {_json_reason(found[0]['msg'])}")
     lines = list(_lines(found[:MAX_ERRORS]))
     if len(found) > MAX_ERRORS:
         lines.append(f"and {len(found) - MAX_ERRORS} more")
@@ -178,9 +182,7 @@ def _json_reason(message: str) -> str:
 def _lines(found: Sequence[Any]) -> Iterator[str]:
     for item in found:
         where = path_of(item["loc"])
-        if item["type"] == "json_invalid":
-            yield f"the body is not valid JSON: {_json_reason(item['msg'])}"
-        elif item["type"] == "missing":
+        if item["type"] == "missing":
             yield f"{where} is required"
         else:
             sent = "" if item["type"] == "value_error" else f" (got {echo(item['input'])})"

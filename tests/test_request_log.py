@@ -132,6 +132,30 @@ def test_a_refused_request_leaves_one_line_with_its_reason_that_does_not_echo_it
     assert SECRET not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "reason"),
+    [
+        ("text/plain", SECRET, "content-type must be application/json, not 'text/plain'"),
+        ("application/json", f"{{{SECRET}", "the body is not valid JSON: key must be a string"),
+        ("application/json", f"{SECRET}\xff".encode("latin-1"), "the body is not valid UTF-8"),
+        ("application/json", f'["{SECRET}"]', "invalid parameter"),
+    ],
+)
+def test_a_body_that_can_not_be_read_leaves_the_reason_and_none_of_its_text(
+    caplog, kind, body, reason
+):
+    async def scenario():
+        async with fake_server() as server:
+            headers = {"content-type": kind}
+            await server.client.post("/v1/completions", content=body, headers=headers)
+
+    with caplog.at_level(logging.DEBUG):
+        asyncio.run(scenario())
+    (record,) = records(caplog)
+    assert record.fields["reason"].startswith(reason)
+    assert SECRET not in caplog.text
+
+
 def test_a_server_that_drains_or_is_full_says_so_in_the_log(caplog):
     async def scenario():
         async with fake_server(max_open_tokens=1) as server:
