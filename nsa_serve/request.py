@@ -61,10 +61,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     include_stop: bool = False  # whether a matched stop string stays in the text
     max_tokens: int = 16
     min_tokens: int = 0
-    logprobs: int | None = (
-        None  # number of alternatives beside the sampled token; None: none at all
-    )
-    prompt_logprobs: int | None = None
+    logprobs: int | None = None  # alternatives beside each sampled token; None: nothing at all
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
     logit_bias: dict[int, float] = {}
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences not to be said, none empty
     skip_special_tokens: bool = True
@@ -126,9 +124,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     text: str = ""  # decoded text since the last output: whole characters, no part of a stop string
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob | None] | None = (
-        None  # whole prompt, once; None for the first token
-    )
+    # Of the whole prompt, once; None for its first token.
+    prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
     error: str | None = None  # with FinishReason.ERROR and TIMEOUT
@@ -156,7 +153,7 @@ class Request:
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    arrival: float
+    arrival: float  # seconds on the caller's clock, as all moments here
     priority: int = 0
     deadline: float | None = None  # seconds from arrival: the order among others
     timeout: float | None = None  # seconds from arrival: then it is ended

@@ -42,21 +42,21 @@ def test_views_cover_the_pool_and_share_no_cell(views_of):
 
 def test_views_have_the_shapes_of_the_contract():
     pool = DevicePool(NSA_LAYOUT, num_slots=5, num_blocks=7, device="cpu")
-    assert pool.layer_kv(1).k.shape == (5, 2, 8, 6)
-    assert pool.layer_kv(1).v.shape == (5, 2, 8, 4)
-    assert pool.layer_compressed(2).k.shape == (7, 2, 4, 6)
-    assert pool.layer_compressed(2).v.shape == (7, 2, 4, 4)
+    assert pool.kv[1].k.shape == (5, 2, 8, 6)
+    assert pool.kv[1].v.shape == (5, 2, 8, 4)
+    assert pool.compressed[2].k.shape == (7, 2, 4, 6)
+    assert pool.compressed[2].v.shape == (7, 2, 4, 4)
 
 
 def test_a_page_of_all_layers_and_a_head_of_one_layer_are_single_runs():
     pool = DevicePool(NSA_LAYOUT, num_slots=4, num_blocks=4, device="cpu")
     cells = number_cells(raw_views(pool))
-    base = pool.layer_kv(0).k.data_ptr()
+    base = pool.kv[0].k.data_ptr()
     page = [(half[1, h].data_ptr() - base) // 4 for half in raw_views(pool) for h in (0, 1)]
     per_page = cells // 4
     assert min(page) == per_page
     assert max(page) < 2 * per_page
-    kv = pool.layer_kv(2)
+    kv = pool.kv[2]
     assert kv.v[3, 1].data_ptr() - kv.k[3, 1].data_ptr() == kv.k[3, 1].numel() * 4
 
 
@@ -70,7 +70,7 @@ def test_bytes_are_those_of_the_tensors():
 def test_a_dense_model_keeps_no_compressed_entries():
     pool = DevicePool(DENSE_LAYOUT, num_slots=3, num_blocks=3, device="cpu")
     assert pool.compressed is None
-    assert pool.layer_compressed(0) is None
+    assert pool.compressed is None
     assert DENSE_LAYOUT.bytes_per_block == DENSE_LAYOUT.bytes_per_slot
 
 

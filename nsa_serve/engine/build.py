@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ..cache.manager import CacheManager
 from ..config import EngineConfig
 from ..models.checkpoint import Checkpoint, resolve
+from ..models.loader import Progress
 from ..runner.worker import Worker
 from ..schedule.scheduler import Scheduler
 from ..tokenizer import Tokenizer, read_source
@@ -18,7 +18,6 @@ from .messages import EngineDescription
 from .mock import MockWorker
 from .tiers import near_pages, residence_sizes
 
-OnProgress = Callable[[int, int], None]  # (bytes of weights read, bytes in all)
 W = TypeVar("W", Worker, MockWorker)
 
 
@@ -35,7 +34,7 @@ class EngineParts(Generic[W]):
     followers: Followers | None  # None where no grammar can be followed
 
 
-def build_parts(config: EngineConfig, on_progress: OnProgress | None = None) -> EngineParts[Worker]:
+def build_parts(config: EngineConfig, on_progress: Progress | None = None) -> EngineParts[Worker]:
     """Load the model and size everything by it.
 
     Raises ``ConfigError`` or ``CheckpointError`` where that can't be done; the tokenizer is read

@@ -14,19 +14,25 @@ import torch
 from ..cache.manager import CacheManager
 from ..config import EngineConfig
 from ..errors import RequestError
+from ..models.loader import Progress
 from ..request import EngineRequest, FinishReason, Request, RequestOutput
 from ..runner.model_runner import NO_FINITE_LOGITS
 from ..schedule.plan import SampledToken, StepPlan, StepResult
 from ..schedule.scheduler import Scheduler, StepUpdate
 from ..stats import CacheMap, StatsSnapshot
 from ..tokenizer import Tokenizer
-from .build import EngineParts, OnProgress, W, build_mock_parts, build_parts
+from .build import EngineParts, W, build_mock_parts, build_parts
 from .checks import check_request
 from .followers import Followers, Turn
 from .messages import EngineDescription
 from .output import OutputState
 
 logger = logging.getLogger(__name__)
+
+STEP_FAILED = "the step that computed this request failed; see the server's log"
+OUT_OF_MEMORY = "the device has too little memory left for this request; try it again later"
+TIMED_OUT = "the request was ended at its time-out of {:g} s, after {} tokens"
+OUTPUT_FAILED = "the text of this request could not be made; see the server's log"
 
 
 class PendingResult(Protocol):
@@ -93,7 +99,7 @@ class Engine:
         self._num_to_shed = 1  # requests that the next step without memory ends
 
     @classmethod
-    def from_config(cls, config: EngineConfig, on_progress: OnProgress | None = None) -> Self:
+    def from_config(cls, config: EngineConfig, on_progress: Progress | None = None) -> Self:
         """The engine that ``config`` asks for, its model loaded.
 
         Raises ``ConfigError`` or ``CheckpointError``.
@@ -330,12 +336,6 @@ class Engine:
         )
         assert final is not None, "a finished request always has a final output"
         return final
-
-
-STEP_FAILED = "the step that computed this request failed; see the server's log"
-OUT_OF_MEMORY = "the device has too little memory left for this request; try it again later"
-TIMED_OUT = "the request was ended at its time-out of {:g} s, after {} tokens"
-OUTPUT_FAILED = "the text of this request could not be made; see the server's log"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -36,31 +36,13 @@ class DevicePool:
         self.moves = num_slots != num_blocks  # whether blocks change their slots
         self._compressed = self._allocate(layout.compressed_elements(num_blocks))
         layers = range(layout.num_layers)
-        self._paged_views = [layout.paged_view(self._raw, layer) for layer in layers]
-        self._compressed_views: list[CompressedKV] | None = None
+        # By layer; a dense model has no compressed entries.
+        self.kv: list[PagedKV] = [layout.paged_view(self._raw, layer) for layer in layers]
+        self.compressed: list[CompressedKV] | None = None
         if layout.entries_per_page:
-            views = [layout.compressed_view(self._compressed, layer) for layer in layers]
-            self._compressed_views = views
+            self.compressed = [layout.compressed_view(self._compressed, at) for at in layers]
         ids = torch.arange(num_blocks, dtype=torch.int32, device=self.device)
         self.slot_table = ids.masked_fill(ids >= num_slots, -1)  # [N] int32, slot of each block
-
-    def layer_kv(self, layer: int) -> PagedKV:
-        """One layer's raw pages."""
-        return self._paged_views[layer]
-
-    def layer_compressed(self, layer: int) -> CompressedKV | None:
-        """One layer's compressed entries; None for a dense model."""
-        return None if self._compressed_views is None else self._compressed_views[layer]
-
-    @property
-    def kv(self) -> list[PagedKV]:
-        """Raw pages by layer."""
-        return self._paged_views
-
-    @property
-    def compressed(self) -> list[CompressedKV] | None:
-        """Compressed entries by layer; None for a dense model."""
-        return self._compressed_views
 
     @property
     def pages(self) -> torch.Tensor:
@@ -84,11 +66,6 @@ class DevicePool:
             return block_table  # every block has the slot of its own number
         slots = self.slot_table[block_table.clamp(min=0)]
         return torch.where(block_table >= 0, slots, -1)
-
-    def scatter(self) -> None:
-        """No block has a slot until ``slot_table`` says so."""
-        self.moves = True
-        self.slot_table.fill_(-1)
 
     def poison(self) -> None:
         """Fill everything with NaN, so that a read of what nobody wrote shows."""

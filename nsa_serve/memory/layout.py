@@ -53,7 +53,7 @@ class KVLayout:
     @property
     def compressed_bytes_per_block(self) -> int:
         """Compressed entries of one page, all layers; 0 for a dense model."""
-        return self.num_layers * self._compressed_layer_elements * self.dtype.itemsize
+        return self.entry_elements * self.dtype.itemsize
 
     @property
     def bytes_per_block(self) -> int:
@@ -67,6 +67,7 @@ class KVLayout:
 
     @property
     def slot_elements(self) -> int:
+        """Values of the raw K/V of one page, all layers."""
         return self.num_layers * self._layer_elements
 
     def num_pages(self, num_tokens: int) -> int:

@@ -105,7 +105,7 @@ class DecoderLayer:
 
 
 class Decoder:
-    """The model on one device. ``forward`` takes any mix of prefill chunks and decodes.
+    """The model on one device; a step is any mix of prefill chunks and decodes.
 
     ``weights`` are by the names of ``families.placement`` and are used up: the caller keeps none.
     ``four_bit``, by the same names, are those that are multiplied as the file stores them.
@@ -146,11 +146,6 @@ class Decoder:
             for layer in range(config.num_layers)
         ]
         assert not weights, f"weights without a place: {sorted(weights)}"
-
-    @torch.inference_mode()
-    def forward(self, step: StepInputs) -> Tensor:
-        """Logits [R, V] fp32 of the tokens ``step.logits_index`` [R]."""
-        return self.logits(self.hidden(step)[step.logits_index])
 
     @torch.inference_mode()
     def hidden(self, step: StepInputs) -> Tensor:

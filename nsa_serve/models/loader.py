@@ -34,7 +34,7 @@ from .layers import uses_four_bit
 from .weight_stream import WeightStream
 
 Tensor = torch.Tensor
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all), as stored
+Progress = Callable[[int, int], None]  # (bytes of weights read, bytes in all), as stored
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DEQUANTISED_ROW = 1 << 16

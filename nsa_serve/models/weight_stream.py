@@ -106,7 +106,6 @@ class WeightStream:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._copied = [_event() for _ in plan.layers]
             self._read = [_event() for _ in plan.layers]
-
         # One set, so that what was loaded into it is known again.
         self._homes = {
             name: view

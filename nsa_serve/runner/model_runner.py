@@ -70,7 +70,7 @@ class PendingStep:
     trace: StepTrace | None
     done: torch.cuda.Event | None
     tier: HostTier | None = None
-    tier_counts: torch.Tensor | None = None  # [3] int64
+    tier_counts: torch.Tensor | None = None  # [5] int64, as of ``HotBlocks``
     lost_block_ids: tuple[int, ...] = ()
     streamed: StreamCount | None = None
     disk: DiskReport | None = None

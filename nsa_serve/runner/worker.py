@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ..models.decoder import Decoder
 from ..models.families import model_config
 from ..models.identity import model_identity
 from ..models.layers import choose_dtype
-from ..models.loader import load_decoder, num_weight_bytes, parameter_shapes
+from ..models.loader import Progress, load_decoder, num_weight_bytes, parameter_shapes
 from ..models.weight_stream import StreamPlan, WeightStream
 from ..schedule.plan import StepPlan
 from .budget import CacheSize, check_weights, default_cpu_cache, free_bytes, shown, size_cache
@@ -32,8 +31,6 @@ from .profile import measure_peak
 from .tier_sizes import TierSize, size_tiers, transfer_pages
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 _TOKEN_BUDGET = {"cpu": 2048, "cuda": 8192}
 _TOO_BIG = {
@@ -221,8 +218,7 @@ class Worker:
         cache, source = self.config.cache, self.config.source
         if cache.kv_disk_dir is None:
             return None
-        layout = self.layout
-        page_bytes = (layout.slot_elements + layout.entry_elements) * layout.dtype.itemsize
+        page_bytes = self.layout.bytes_per_block
         least = 2 * (SEGMENT_BYTES + page_bytes)
         if cache.kv_disk_bytes < least:
             raise ConfigError(
@@ -232,7 +228,7 @@ class Worker:
         # K/V of the same tokens differ in their last bits where they are computed otherwise.
         way = self.device.type, self.config.graph.deterministic
         seed = source.seed if source.random_weights else None
-        key = model_identity(self.checkpoint, self.model_config, layout, way, seed)
+        key = model_identity(self.checkpoint, self.model_config, self.layout, way, seed)
         try:
             store = PageStore(
                 Path(cache.kv_disk_dir).expanduser(), key, page_bytes, cache.kv_disk_bytes
