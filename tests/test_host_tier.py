@@ -6,12 +6,12 @@ from typing import Any
 
 import msgspec
 import pytest
-import torch
 
 from nsa_serve.engine.engine import OUT_OF_MEMORY
 from nsa_serve.errors import ConfigError, PromptTooLong
 from nsa_serve.memory.copy_lane import SameLane
 from nsa_serve.request import EngineRequest, SamplingParams
+from nsa_serve.schedule.plan import ResidenceUpdate
 from nsa_serve.schedule.scheduler import PAGE_LOST
 from tests.checkpoints import (
     PHIS,
@@ -121,15 +121,15 @@ def test_what_a_step_without_memory_did_not_note_of_pages_is_noted_by_the_next(
     expected = run(build(folder), requests)
     engine = tiered(folder)
     runner: Any = engine._runner
-    prefetcher = runner._runner.tier.prefetcher
-    forget, numbers = prefetcher.forget, itertools.count()
+    mover = runner._runner.tier._mover
+    start, numbers = mover.start, itertools.count()
 
-    def scarce(block_ids: torch.Tensor) -> None:
-        if next(numbers) % 10 == 9:
+    def scarce(update: ResidenceUpdate) -> None:
+        start(update)
+        if next(numbers) % 5 == 4:
             raise RuntimeError("can't allocate memory")
-        forget(block_ids)
 
-    prefetcher.forget = scarce
+    mover.start = scarce
     failed: dict[str, str] = {}
     found = run(engine, requests, failed=failed)
     assert 0 < len(failed) < 24
