@@ -28,7 +28,7 @@ from ..memory.layout import KVLayout
 from ..memory.prefetch import SelectionPrefetcher, table_bytes
 from ..memory.tier import HostTier
 from ..models.checkpoint import resolve
-from ..models.layers import choose_dtype
+from ..models.linear import choose_dtype
 from ..request import SamplingParams
 from ..runner.worker import choose_device, served_model
 from .measure import environment

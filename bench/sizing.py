@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..memory.layout import KVLayout
 from ..models.checkpoint import resolve
 from ..models.config import ModelConfig
-from ..models.layers import choose_dtype, has_fast_bf16, uses_four_bit
+from ..models.linear import choose_dtype, has_fast_bf16, uses_four_bit
 from ..models.loader import num_four_bit_bytes, num_weight_bytes, parameter_shapes
 from ..models.weight_stream import StreamPlan
 from ..runner.budget import CacheSize, default_cpu_cache, size_cache

@@ -20,7 +20,7 @@ from nsa_serve.llm import LLM
 from nsa_serve.models.checkpoint import EMBEDDED_SHA256, resolve
 from nsa_serve.models.config import NSAConfig, PhiConfig, RopeConfig, with_attention
 from nsa_serve.models.families.nsa_serve import nsa_to_json
-from nsa_serve.models.layers import FourBitLinear, uses_four_bit
+from nsa_serve.models.linear import FourBitLinear, uses_four_bit
 from nsa_serve.models.loader import load_decoder, load_four_bit, load_weights
 from nsa_serve.request import SamplingParams
 from nsa_serve.server.flags import EngineFlags

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nsa_serve.models.four_bit import FourBitRows, FourBitWeight, four_bit_rows
-from nsa_serve.models.layers import FourBitLinear, build_linear, uses_four_bit
+from nsa_serve.models.linear import FourBitLinear, build_linear, uses_four_bit
 from nsa_serve.models.loader import load_four_bit, load_weights, num_four_bit_bytes
 
 from .checkpoints import (

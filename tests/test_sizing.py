@@ -18,7 +18,7 @@ from nsa_serve.bench.plan_cli import parse_tokens
 from nsa_serve.bench.sizing import Sizing
 from nsa_serve.config import EngineConfig
 from nsa_serve.errors import ConfigError
-from nsa_serve.models.layers import uses_four_bit
+from nsa_serve.models.linear import uses_four_bit
 from nsa_serve.runner.profile import heaviest_plan
 from nsa_serve.runner.worker import Worker
 from nsa_serve.server import cli

@@ -13,7 +13,7 @@ import torch
 
 from ..config import EngineConfig
 from ..models.checkpoint import resolve
-from ..models.layers import choose_dtype
+from ..models.linear import choose_dtype
 from ..request import TokenLogprob
 from ..runner.worker import served_model, token_budget
 from ..schedule.plan import (

@@ -16,7 +16,7 @@ from .config import ModelConfig, PhiConfig
 from .families.placement import fused_rows
 from .four_bit import FourBitWeight
 from .freed_memory import keep_freed_memory
-from .layers import Linear, activation_dtype, build_linear
+from .linear import Linear, activation_dtype, build_linear
 from .product_cache import bound_product_caches
 from .rope import Rotary, build_rotary
 from .step import StepInputs

@@ -30,7 +30,7 @@ from .four_bit import (
 )
 from .gguf_config import PERMUTED, ROPE_FACTORS, hf_tensor_name
 from .gguf_file import TensorEntry
-from .layers import uses_four_bit
+from .linear import uses_four_bit
 from .weight_stream import WeightStream
 
 Tensor = torch.Tensor

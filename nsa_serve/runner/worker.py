@@ -21,7 +21,7 @@ from ..models.config import ModelConfig, with_attention, with_context
 from ..models.decoder import Decoder
 from ..models.families import model_config
 from ..models.identity import model_identity
-from ..models.layers import choose_dtype
+from ..models.linear import choose_dtype
 from ..models.loader import Progress, load_decoder, num_weight_bytes, parameter_shapes
 from ..models.weight_stream import StreamPlan, WeightStream
 from ..schedule.plan import StepPlan

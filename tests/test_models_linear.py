@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from nsa_serve.config import DType
-from nsa_serve.models import layers
-from nsa_serve.models.layers import (
+from nsa_serve.models import linear
+from nsa_serve.models.linear import (
     Linear,
     PackedLinear,
     activation_dtype,
@@ -47,13 +47,13 @@ def test_few_and_many_rows_give_the_same_product() -> None:
 def test_other_types_keep_the_plain_product() -> None:
     weight, bias = weights(torch.float32)
     x = torch.randn(5, 96)
-    linear = build_linear(weight, bias)
-    assert isinstance(linear, Linear)
-    assert torch.equal(linear(x), F.linear(x, weight, bias))
+    plain = build_linear(weight, bias)
+    assert isinstance(plain, Linear)
+    assert torch.equal(plain(x), F.linear(x, weight, bias))
 
 
 def test_a_cpu_without_bf16_products_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(linear, "has_fast_bf16", lambda: False)
     assert choose_dtype(DType.AUTO, CPU) == torch.float32
     assert choose_dtype(DType.BFLOAT16, CPU) == torch.bfloat16
     assert isinstance(build_linear(*weights(torch.bfloat16)), Linear)
@@ -61,7 +61,7 @@ def test_a_cpu_without_bf16_products_computes_in_fp32(monkeypatch: pytest.Monkey
 
 def test_auto_is_bf16_where_it_is_fast() -> None:
     assert choose_dtype(DType.AUTO, torch.device("cuda")) == torch.bfloat16
-    expected = torch.bfloat16 if layers.has_fast_bf16() else torch.float32
+    expected = torch.bfloat16 if linear.has_fast_bf16() else torch.float32
     assert choose_dtype(DType.AUTO, CPU) == expected
     assert choose_dtype(DType.FLOAT16, CPU) == torch.float16
 
@@ -70,16 +70,16 @@ def test_steps_of_many_tokens_are_computed_in_fp32_where_products_widen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight, _ = weights(torch.bfloat16)
-    monkeypatch.setattr(layers, "has_fast_bf16", lambda: True)
-    monkeypatch.setattr(layers, "_has_amx", lambda: False)
+    monkeypatch.setattr(linear, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(linear, "_has_amx", lambda: False)
     found = [activation_dtype(n, weight, deterministic=False) for n in (1, 127, 128)]
     assert found == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert activation_dtype(128, weight, deterministic=True) == torch.bfloat16
-    monkeypatch.setattr(layers, "_has_amx", lambda: True)
+    monkeypatch.setattr(linear, "_has_amx", lambda: True)
     assert activation_dtype(128, weight, deterministic=False) == torch.bfloat16
 
 
-@pytest.mark.skipif(not layers.has_fast_bf16(), reason="this CPU does not multiply bf16 natively")
+@pytest.mark.skipif(not linear.has_fast_bf16(), reason="this CPU does not multiply bf16 natively")
 @pytest.mark.parametrize("rows", [3, 200])
 def test_fp32_rows_get_fp32_products_of_bf16_weights(rows: int) -> None:
     weight, bias = weights(torch.bfloat16)
