@@ -396,11 +396,12 @@ def test_the_command_writes_dialogues_of_a_model(tokenizer, tmp_path, monkeypatc
     topics = read_topics(corpus, tokenizer)
     monkeypatch.setattr(commands, "read_topics", lambda *_: topics)
     out = tmp_path / "d.npz"
-    settings = {"random_weights": True, "kv_cache_memory_bytes": 16 << 20, "dtype": "float32"}
+    settings = {"random_weights": True, "dtype": "float32"}
     llm = commands.LLM
     monkeypatch.setattr(commands, "LLM", lambda name, **flags: llm(name, **flags, **settings))
     given = ["dialogues", "--corpus", str(tmp_path / "corpus"), "--out", str(out)]
     options = ["--model", str(model), "--count", "6", "--device", "cpu", "--max-num-seqs", "8"]
+    options += ["--kv-cache-memory-bytes", str(16 << 20)]
     result = CliRunner().invoke(commands.app, [*given, *options])
     assert result.exit_code == 0, result.output
     assert '"prompts": 6' in result.output
