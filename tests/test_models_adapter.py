@@ -17,7 +17,7 @@ from nsa_serve.config import EMBEDDED_MODEL, NSA_MODEL, AttentionMode, ModelSour
 from nsa_serve.errors import CheckpointError, ConfigError
 from nsa_serve.kernels.shapes import CompressKind
 from nsa_serve.llm import LLM
-from nsa_serve.models.checkpoint import EMBEDDED_SHA256, resolve
+from nsa_serve.models.checkpoint import EMBEDDED_SHA256, AdapterBase, resolve
 from nsa_serve.models.config import NSAConfig, PhiConfig, RopeConfig, with_attention
 from nsa_serve.models.families.nsa_serve import nsa_to_json
 from nsa_serve.models.linear import FourBitLinear, uses_four_bit
@@ -150,7 +150,7 @@ def test_a_merged_weight_is_rounded_once(tmp_path: Path, adapter: Path, dtype: t
 
 
 def test_what_training_merges_and_writes_is_what_is_served(tmp_path: Path) -> None:
-    base = write_base(tmp_path)
+    write_base(tmp_path)
     checkpoint, dense = open_model(tmp_path / "base.gguf")
     parts = AdapterConfig(ranks={"qkv": 4, "down": 2}, phi_rank=3)
     grown = grown_config(dense, RopeConfig(theta=80_000.0), 4096, parts)
@@ -159,8 +159,7 @@ def test_what_training_merges_and_writes_is_what_is_served(tmp_path: Path) -> No
         # As files store them.
         tensor.add_(torch.randn_like(tensor), alpha=0.1).copy_(tensor.bfloat16())
     folder = tmp_path / "adapter"
-    save_adapter(folder, adapter, base=EMBEDDED_MODEL, training={"step": 1})
-    change(folder, base=base)
+    save_adapter(folder, adapter, base=AdapterBase.of(checkpoint), training={"step": 1})
     found = load_weights(*open_model(folder), device=CPU, dtype=torch.bfloat16)
     wide = load_weights(checkpoint, dense, device=CPU, dtype=torch.float32)
     expected = adapter.merged(stacked(wide, dense.num_layers), torch.bfloat16)
@@ -301,6 +300,13 @@ def embedded_adapter(folder: Path) -> Path:
         tensors[f"layers.{layer}.gate.bias"] = torch.tensor([-40.0, 40.0, -40.0]).repeat(9)
     named = {"model": EMBEDDED_MODEL, "sha256": EMBEDDED_SHA256}
     return write_adapter(folder, named, config, {"qkv": {"rank": 2, "alpha": 4.0}}, tensors)
+
+
+def test_the_embedded_model_is_named_as_a_base_by_whatever_path_it_is_given() -> None:
+    base = resolve(ModelSource(model=EMBEDDED_MODEL))
+    named = AdapterBase(EMBEDDED_MODEL, EMBEDDED_SHA256)
+    assert AdapterBase.of(base) == named
+    assert AdapterBase.of(resolve(ModelSource(model=str(base.path)))) == named
 
 
 def test_an_adapter_in_the_package_is_served_unless_told_otherwise(

@@ -17,7 +17,7 @@ from nsa_serve.train.schedule import Budget, rate
 from nsa_serve.train.smoke import smoke
 from nsa_serve.train.storage import SHARD_BYTES, load_checkpoint, save_adapter
 
-from .tiny_training import disturb, load_tokenizer, make_source, make_trainer, write_base
+from .tiny_training import BASE, disturb, load_tokenizer, make_source, make_trainer, write_base
 
 STEPS = 4
 
@@ -34,7 +34,7 @@ def source():
 
 def plan_of(out, **changes) -> RunPlan:
     settings = {
-        "out": out, "budget": Budget(steps=STEPS), "base_model": "tiny", "log_every": 1,
+        "out": out, "budget": Budget(steps=STEPS), "base": BASE, "log_every": 1,
         "checkpoint": out / "checkpoint", **changes,
     }  # fmt: skip
     return RunPlan(**settings)
@@ -121,7 +121,7 @@ def test_an_adapter_is_saved_in_files_of_at_most_16_mb(base, tmp_path, monkeypat
     assert SHARD_BYTES <= 16_000_000
     trainer = make_trainer(base)
     disturb(trainer.adapter)
-    save_adapter(tmp_path, trainer.adapter, base="tiny", training={"step": 3})
+    save_adapter(tmp_path, trainer.adapter, base=BASE, training={"step": 3})
     description = json.loads((tmp_path / "adapter.json").read_text())
     assert len(description["files"]) > 1
     tensors = {}

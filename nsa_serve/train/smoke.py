@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -44,7 +45,7 @@ def smoke(
             report(f"step {step}: loss {curve[-1][0]:.4f}, gradient {curve[-1][2]:.3f}")
         if step == 1:  # at step 0, the second factors alone have gradients
             _check_gradients(trainer)
-    if not all(row[0] == row[0] and abs(row[0]) < float("inf") for row in curve):
+    if not all(math.isfinite(loss) for loss, _, _ in curve):
         raise TrainingFailed("the loss is not finite")
     timed = {str(length): _timed(trainer, at[length], report) for length in lengths}
     return {"step_zero": zero, "curve": curve, "timed": timed}

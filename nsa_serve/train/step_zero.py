@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -17,12 +16,6 @@ Tensor = torch.Tensor
 
 # Logits at which the gates are exactly (0, 1, 0) in fp32 and bf16.
 _SHUT, _OPEN = -1e4, 1e4
-
-
-@dataclass(frozen=True, slots=True)
-class _Compared:
-    hidden: Tensor
-    entropy: Tensor
 
 
 @torch.no_grad()

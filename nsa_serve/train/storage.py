@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError
-from ..models.checkpoint import EMBEDDED_SHA256
+from ..models.checkpoint import ADAPTER, ADAPTER_FORMAT, AdapterBase
 from ..models.config import ModelConfig
 from ..models.families.nsa_serve import nsa_to_json
 from .adapter import Adapter
 
 Tensor = torch.Tensor
 
-FORMAT, VERSION = "nsa_serve.adapter", 1
 SHARD_BYTES = 15_900_000
-_PER_LAYER_FP32 = ("gate.bias",)
+_KEPT_FP32 = ("gate.bias",)
 
 
-def save_adapter(folder: Path, adapter: Adapter, *, base: str, training: Mapping[str, Any]) -> int:
+def save_adapter(
+    folder: Path, adapter: Adapter, *, base: AdapterBase, training: Mapping[str, Any]
+) -> int:
     """Write ``adapter.json`` and its safetensors; returns their bytes. ``training`` is free."""
     tensors = {
         f"layers.{layer}.{name}": one.detach().to(_storage_dtype(name)).cpu().contiguous()
@@ -37,9 +38,9 @@ def save_adapter(folder: Path, adapter: Adapter, *, base: str, training: Mapping
     files = _write_shards(folder, "adapter", tensors)
     config = adapter.config
     description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "base": {"model": base, "sha256": EMBEDDED_SHA256},
+        "format": ADAPTER_FORMAT[0],
+        "version": ADAPTER_FORMAT[1],
+        "base": asdict(base),
         "config": config_json(adapter.model),
         "lora": {
             name: {"rank": r, "alpha": config.alpha(name)} for name, r in config.ranks.items()
@@ -47,8 +48,8 @@ def save_adapter(folder: Path, adapter: Adapter, *, base: str, training: Mapping
         "files": files,
         "training": dict(training),
     }
-    _write_atomically(folder / "adapter.json", json.dumps(description, indent=1))
-    return sum((folder / name).stat().st_size for name in (*files, "adapter.json"))
+    _write_atomically(folder / ADAPTER, json.dumps(description, indent=1))
+    return sum((folder / name).stat().st_size for name in (*files, ADAPTER))
 
 
 def config_json(model: ModelConfig) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _restore(
 
 
 def _storage_dtype(name: str) -> torch.dtype:
-    return torch.float32 if name in _PER_LAYER_FP32 else torch.bfloat16
+    return torch.float32 if name in _KEPT_FP32 else torch.bfloat16
 
 
 def _write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..models.checkpoint import ADAPTER, Checkpoint, CheckpointFormat, LowRank, open_adapter
+from ..models.checkpoint import ADAPTER, Checkpoint, LowRank, check_is_base, open_adapter
 from ..models.config import ModelConfig
 from ..models.families import model_config
 from ..models.loader import load_adapter
@@ -26,8 +26,7 @@ def warm_start(adapter: Adapter, folder: Path, base: Checkpoint) -> tuple[dict[s
     ``CheckpointError``, in one line with the file and the key, where the base's digest, the model
     or the ranks are others than this run's, and where the files are broken.
     """
-    if base.format is not CheckpointFormat.GGUF:
-        raise CheckpointError(f"{base.path}: the base of an adapter is one .gguf file")
+    check_is_base(base)
     checkpoint = open_adapter(folder, base_file=base.path)
     assert checkpoint.base is not None
     _check_model(checkpoint, model_config(checkpoint), adapter.model)
