@@ -17,12 +17,14 @@ from nsa_serve.evaluate.needle import NeedleGrid, run_needles
 from nsa_serve.evaluate.perplexity import Windows, run_perplexity
 from nsa_serve.evaluate.scoring import score
 from nsa_serve.evaluate.tasks import KINDS, TaskSet, run_tasks
-from nsa_serve.train.tasks import Record
+from nsa_serve.train.tasks import ReferenceEntry
 from tests.eval_subjects import Reader
 
 TASKS = TaskSet("late_speeches", kinds=tuple(KINDS), contexts=(1500, 3000), samples=3)
 FACTS = [
-    Record(name, f"The coast of {name} is {i} km.", f"How long is {name}'s?", f"{i} km", f"{i} km")
+    ReferenceEntry(
+        name, f"The coast of {name} is {i} km.", f"How long is {name}'s?", f"{i} km", f"{i} km"
+    )
     for i, name in enumerate(("Aland", "Borduria", "Cordonia", "Drachenfels"), 70_001)
 ]
 SHARE = {"type": "number", "minimum": 0, "maximum": 1}

@@ -17,7 +17,7 @@ from nsa_serve.train.adapter import Adapter, AdapterConfig, grown_config, stacke
 from nsa_serve.train.batches import BatchPlan, BatchSource, Stage
 from nsa_serve.train.corpus import Corpus, tokenise
 from nsa_serve.train.sequences import SequenceWriter
-from nsa_serve.train.tasks import Record
+from nsa_serve.train.tasks import ReferenceEntry
 from nsa_serve.train.trainer import LossWeights, Rates, Trainer
 
 from .checkpoints import CPU, TINY_LLAMA, TINY_NSA, open_model, write_checkpoint
@@ -69,8 +69,10 @@ def make_corpus(tokenizer: Tokenizer) -> Corpus:
     text = " ".join(_SENTENCES * 40)
     ids = tokenise([text], tokenizers.Tokenizer.from_str(tokenizer.source.tokenizer_json))
     records = tuple(
-        Record(name, f"The river of {name} is the {river}.", f"What is the river of {name}?",
-               f"The river of {name} is the {river}.", river)
+        ReferenceEntry(
+            name, f"The river of {name} is the {river}.", f"What is the river of {name}?",
+            f"The river of {name} is the {river}.", river,
+        )
         for name, river in (("Arran", "Lisk"), ("Borovia", "Tamm"), ("Cresta", "Olve"))
     )  # fmt: skip
     return Corpus({"story": ids, "again": np.roll(ids, 7)}, {"country": records})

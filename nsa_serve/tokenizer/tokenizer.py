@@ -31,10 +31,6 @@ class Tokenizer:
         self.eos_token_id = self._special_id("eos_token")
 
     @property
-    def has_chat_template(self) -> bool:
-        return bool(self.source.chat_templates)
-
-    @property
     def tool_template(self) -> str | None:
         """The chat template that shows tools; None where the model has none."""
         return self._chat_template.tool_template

@@ -12,7 +12,7 @@ from .cleaning import Deduplicator, cleaned
 from .corpus import Corpus, Tokens, cut, tokenise, write_corpus
 from .packages import PACKAGES, fetch
 from .readers import SOURCES, Source, country_records, gloss_records
-from .tasks import Record
+from .tasks import ReferenceEntry
 
 # Every n-th subject is asked about in evaluation only.
 _HELD_OUT_EVERY = 8
@@ -82,7 +82,7 @@ def _build(
     return row, tokens
 
 
-def _half(records: Iterable[Record], *, held_out: bool) -> list[Record]:
+def _half(records: Iterable[ReferenceEntry], *, held_out: bool) -> list[ReferenceEntry]:
     """Records by subject: every n-th subject is held out."""
     subjects: dict[str, bool] = {}
     kept = []

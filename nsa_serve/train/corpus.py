@@ -16,7 +16,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from .tasks import Record
+from .tasks import ReferenceEntry
 
 Tokens = NDArray[np.uint16]
 END_OF_TEXT = 0  # <|endoftext|> of SmolLM2's vocabulary
@@ -27,7 +27,7 @@ class Corpus:
     """Sources by name: each one run of tokens."""
 
     sources: Mapping[str, Tokens]
-    records: Mapping[str, tuple[Record, ...]]  # by kind: country, gloss
+    records: Mapping[str, tuple[ReferenceEntry, ...]]  # by kind: country, gloss
 
     @property
     def num_tokens(self) -> int:
@@ -45,12 +45,12 @@ class Corpus:
         sources = {name: tokens[start:stop] for name, (start, stop) in index["sources"].items()}
         return cls(
             sources,
-            {kind: tuple(Record(**row) for row in rows) for kind, rows in records.items()},
+            {kind: tuple(ReferenceEntry(**row) for row in rows) for kind, rows in records.items()},
         )
 
 
 def write_corpus(
-    folder: Path, sources: Mapping[str, Tokens], records: Mapping[str, Iterable[Record]]
+    folder: Path, sources: Mapping[str, Tokens], records: Mapping[str, Iterable[ReferenceEntry]]
 ) -> None:
     """Write what ``Corpus.open`` reads."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from .importance import ImportanceLoss
 from .row_ops import RowOps
 
 Tensor = torch.Tensor
+_SHORT = 1024  # tokens of a sequence that the teacher reads together with others
 # (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], gate logits [T, Hq, 3]) → [T, Hq, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -126,9 +127,6 @@ class DenseCausalAttention:
         q, k, v = (x[rows].transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
-
-
-_SHORT = 1024
 
 
 def _rows_of_groups(seq_lens: Sequence[int]) -> list[Tensor]:

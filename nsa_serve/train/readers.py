@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .tasks import Record
+from .tasks import ReferenceEntry
 
 Documents = Iterator[str]
 # A commentary's or a Bible's blocks are joined up to this many characters.
@@ -99,7 +99,7 @@ def glosses(folder: Path) -> Documents:
         yield "\n".join(lines[at : at + _GLOSSES])
 
 
-def gloss_records(folder: Path) -> Iterator[Record]:
+def gloss_records(folder: Path) -> Iterator[ReferenceEntry]:
     """One record for each noun's first gloss."""
     seen = set()
     for line in (folder / "usr/share/wordnet/data.noun").read_text().splitlines():
@@ -110,7 +110,7 @@ def gloss_records(folder: Path) -> Iterator[Record]:
         if word in seen or not word.isascii() or not 20 <= len(meaning) <= 120:
             continue
         seen.add(word)
-        yield Record(
+        yield ReferenceEntry(
             subject=word,
             fact=f'In this glossary, "{word}" means: {meaning}.',
             question=f'What does "{word}" mean according to the glossary?',
@@ -149,7 +149,7 @@ _ASKED = {
 }
 
 
-def country_records(folder: Path) -> Iterator[Record]:
+def country_records(folder: Path) -> Iterator[ReferenceEntry]:
     """Questions that the facts of countries answer."""
     for name, table in _country_tables(folder):
         for keys, (asked, wording) in _ASKED.items():
@@ -158,7 +158,7 @@ def country_records(folder: Path) -> Iterator[Record]:
             if 1 < len(value) <= 80:
                 sentence = wording.format(name=name, value=value)
                 question = f"What is the {asked} of {name}, according to the text?"
-                yield Record(name, sentence, question, sentence, value)
+                yield ReferenceEntry(name, sentence, question, sentence, value)
 
 
 def _country_tables(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

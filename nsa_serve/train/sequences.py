@@ -27,6 +27,8 @@ SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
     "<|im_end|>\n"
 )
+_USER = "<|im_start|>user\n"
+_ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 # What the loss takes a token for: nothing (but what a teacher says of it), text, the answer of an
 # exercise, or what the teacher itself said; padding is not learnt at all.
 PADDING, UNUSED, TEXT, ANSWER, SPOKEN = -1, 0, 1, 2, 3
@@ -182,10 +184,6 @@ def _depth(rng: random.Random, length: int) -> float:
     if length > _LONG and rng.random() < _FAR_SHARE:
         return rng.uniform(*_FAR)
     return rng.random()
-
-
-_USER = "<|im_start|>user\n"
-_ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def _sentence_ends(tokenizer: Tokenizer) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

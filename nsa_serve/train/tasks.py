@@ -13,7 +13,7 @@ from .phrases import PHRASES, Phrases, Split
 from .values import VALUES, draw_value, look_alike
 
 __all__ = [
-    *("KINDS", "Exercise", "Record", "Split", "Turn", "long_copy", "lookup", "multi_key"),
+    *("KINDS", "Exercise", "ReferenceEntry", "Split", "Turn", "long_copy", "lookup", "multi_key"),
     *("multi_value", "needle", "needle_among_alike", "variable_tracking"),
 ]
 
@@ -44,7 +44,7 @@ class Exercise:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ReferenceEntry:
     """What a reference work says of one subject, and a question that it answers."""
 
     subject: str
@@ -139,7 +139,9 @@ def long_copy(
     return Exercise("long_copy", facts, (turn,), frozenset(labels))
 
 
-def lookup(rng: random.Random, records: Sequence[Record], *, num_questions: int = 1) -> Exercise:
+def lookup(
+    rng: random.Random, records: Sequence[ReferenceEntry], *, num_questions: int = 1
+) -> Exercise:
     """What a reference work says of several subjects; each question asks about one."""
     asked = rng.sample(records, min(num_questions, len(records)))
     turns = tuple(Turn(record.question, record.answer, (record.value,)) for record in asked)
