@@ -150,6 +150,37 @@ def test_requests_that_leave_while_their_pages_are_read_leave_nothing(
     tier_of(engine).close()
 
 
+def test_pages_on_their_way_leave_the_first_request_its_places_in_the_end(
+    folder: Path, tmp_path: Path
+) -> None:
+    known, stored = make_requests(2, seed=3)
+    fill(folder, tmp_path, [stored])
+    more = msgspec.structs.replace(
+        known,
+        request_id="more",
+        prompt_token_ids=[*known.prompt_token_ids, *range(40)],
+        priority=-8,
+    )
+    expected = run(build(folder), [more, stored])
+    # Seven pages on the device, of which a step may need all.
+    engine = on_disk(
+        folder, tmp_path, kv_cache_memory_bytes=630_000, kv_host_memory_bytes=2 << 20,
+        scheduling_policy="priority",
+    )  # fmt: skip
+    run(engine, [known])
+    found: dict[str, list[int]] = {"more": [], stored.request_id: []}
+    for request in (stored, more):
+        engine.add(request, 0.0)
+    tier_of(engine)._reader.submit(int).result()
+    while engine.has_work:
+        for output in engine.step(0.0):
+            assert output.error is None
+            found[output.request_id] += output.token_ids
+        engine.check()
+    assert found == expected
+    tier_of(engine).close()
+
+
 def test_damage_is_computed_anew_and_nothing_wrong_is_said(folder: Path, tmp_path: Path) -> None:
     requests = make_requests(2, seed=3)
     expected = fill(folder, tmp_path, requests)

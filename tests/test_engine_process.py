@@ -130,6 +130,20 @@ def test_a_map_of_the_cache_comes_when_asked_for_and_the_last_one_when_there_is_
         os.kill(engine.pid, signal.SIGCONT)
 
 
+def test_what_waits_for_the_disk_is_written_when_the_engine_is_stopped(tmp_path: Path) -> None:
+    write_config(tmp_path / "model", TINY_LLAMA)
+    config = EngineConfig.from_flags(
+        model=str(tmp_path / "model"), random_weights=True, device="cpu", max_num_seqs=1,
+        kv_cache_memory_bytes=270_000, kv_disk_dir=str(tmp_path / "disk"),
+    )  # fmt: skip
+    engine = Engine(config)
+    for first in range(2):  # the second prompt takes the place of the first one's pages
+        request = make_request(f"r{first}", [first + 3] * 450, max_tokens=1)
+        engine.run(collect(engine.client, request))
+    engine.close()
+    assert list(tmp_path.glob("disk/*/*.pages"))
+
+
 def test_the_start_told_its_progress_and_what_runs(engine: Engine) -> None:
     done = [done for done, _ in engine.progress]
     assert done == sorted(done)
@@ -212,6 +226,7 @@ def test_an_id_in_use_is_refused_until_its_request_has_ended(engine: Engine) -> 
 
 
 def test_a_frozen_engine_fails_its_ping_and_a_thawed_one_answers(engine: Engine) -> None:
+    engine.run(until_idle(engine.client))  # no report is under way, which would be heard
     os.kill(engine.pid, signal.SIGSTOP)
     try:
         with pytest.raises(TimeoutError):

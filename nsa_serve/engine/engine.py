@@ -69,7 +69,7 @@ class Engine:
     ``depth`` steps are launched before the oldest is waited for: 0 where ``launch`` computes (a
     CPU), 1 where it queues (a GPU). A step that fails ends its own requests, and the engine goes
     on; where only memory was lacking it ends the newest ones, and the others compute it again.
-    ``clock`` (seconds, monotonic) stamps tokens when they arrive.
+    ``clock`` (seconds, monotonic) stamps tokens when they arrive. ``close`` ends the runner.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         description: EngineDescription | None = None,
         followers: Followers | None = None,
+        close: Callable[[], None] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.description = description
@@ -97,6 +98,7 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._flights: deque[_Flight] = deque()
         self._num_to_shed = 1  # requests that the next step without memory ends
+        self._close = close
 
     @classmethod
     def from_config(cls, config: EngineConfig, on_progress: Progress | None = None) -> Self:
@@ -120,7 +122,13 @@ class Engine:
             depth=parts.depth,
             description=parts.description,
             followers=parts.followers,
+            close=parts.worker.close,
         )
+
+    def close(self) -> None:
+        """Write down what is to outlast this process; nothing may be asked of it afterwards."""
+        if self._close is not None:
+            self._close()
 
     @property
     def has_work(self) -> bool:

@@ -61,6 +61,9 @@ class MockWorker:
         """Begin a step; its ``result()`` waits until it is due."""
         return self._runner.launch(plan)
 
+    def close(self) -> None:
+        """Nothing outlasts the process."""
+
 
 class MockRunner:
     """Gives token i of ``script``, over and over, as the i-th token of every answer.

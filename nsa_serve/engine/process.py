@@ -126,6 +126,8 @@ def _serve(config: EngineConfig, port: SocketPort) -> None:
     gc.freeze()
     port.announce(Ready(engine.description))
     EngineLoop(engine, port).run()
+    # This process ends without the interpreter's own end, which would see to it.
+    engine.close()
 
 
 def _announce_failure(port: SocketPort, error: BaseException) -> None:

@@ -103,6 +103,11 @@ class Worker:
         """Queue a step; its ``result()`` waits for it."""
         return self._runner.launch(plan)
 
+    def close(self) -> None:
+        """Write what waits for the disk."""
+        if self.disk is not None:
+            self.disk.close()
+
     def describe(self) -> str:
         """One line: device, type, bytes of the weights, size of the cache."""
         cache = shown(self.num_cache_bytes)

@@ -133,6 +133,12 @@ class Scheduler:
         """Whether pages of some request are being read from a shelf."""
         return len(self._roster.reads) > 0
 
+    @property
+    def _brings_pages(self) -> bool:
+        """Whether the next step loads pages from a shelf."""
+        shelving = self._cache.shelving
+        return shelving is not None and bool(shelving.arriving)
+
     def rest(self) -> None:
         """Wait a moment for such pages: nothing else can be done."""
         self._roster.reads.rest()
@@ -154,7 +160,9 @@ class Scheduler:
         for request in self._roster.reads.take_ended():
             self._roster.unhold(request)
         draft = self._batcher.fill(self._next_step, now)
-        if draft.chunks:
+        # Pages on their way hold places on the device, perhaps all that the first request needs: a
+        # step that computes nothing brings them.
+        if draft.chunks or (self._brings_pages and not self._launched):
             return self._launch(draft, now)
         waits = self._roster.awaits_mask or self.awaits_pages
         assert self._launched or not self._roster.requests or waits, (
