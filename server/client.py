@@ -176,10 +176,6 @@ class EngineClient:
                 await self._surveyed.wait()
         return self._cache_map
 
-    @property
-    def is_dead(self) -> bool:
-        return self._dead is not None
-
     async def died(self) -> None:
         """Wait for the process to end, however it does."""
         await asyncio.shield(self._watch)
