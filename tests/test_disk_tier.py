@@ -16,7 +16,7 @@ from nsa_serve.memory.host_pool import HostPool
 from nsa_serve.memory.layout import KVLayout
 from nsa_serve.memory.page_store import KEY_BYTES, PageStore
 from nsa_serve.memory.tier import HostTier
-from nsa_serve.runner import worker as worker_room
+from nsa_serve.runner import host_memory
 from nsa_serve.schedule.plan import PageAt
 from nsa_serve.server.flags import ServeFlags, parse_disk
 from tests.checkpoints import PHIS, TINY_NSA, gated, nsa_config_json, write_checkpoint
@@ -39,8 +39,8 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_small(*args: Any) -> PageStore:
         return PageStore(*args, segment_bytes=20_000)
 
-    monkeypatch.setattr(worker_room, "PageStore", open_small)
-    monkeypatch.setattr(worker_room, "SEGMENT_BYTES", 20_000)
+    monkeypatch.setattr(host_memory, "PageStore", open_small)
+    monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 20_000)
 
 
 def on_disk(folder: Path, disk: Path, **flags: Any) -> Engine:

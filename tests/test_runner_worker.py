@@ -17,6 +17,10 @@ from nsa_serve.config import (
 )
 from nsa_serve.errors import CheckpointError, ConfigError
 from nsa_serve.memory.layout import KVLayout
+from nsa_serve.models.config import ModelConfig, with_attention
+from nsa_serve.models.loader import parameter_shapes
+from nsa_serve.models.weight_stream import StreamPlan
+from nsa_serve.runner import host_memory
 from nsa_serve.runner.budget import check_weights, default_cpu_cache, free_bytes, size_cache
 from nsa_serve.runner.worker import Worker, choose_device, token_budget
 from nsa_serve.schedule.plan import RowStart, ScheduledChunk, StepPlan
@@ -185,3 +189,25 @@ def test_weights_must_leave_something_for_the_cache():
     check_weights(9, 20, usable=10, flags="")
     with pytest.raises(ConfigError, match="raise it"):
         check_weights(10, 20, usable=10, flags="raise it")
+
+
+@pytest.mark.parametrize("flag", ["--cpu-offload-bytes", "--kv-host-memory-bytes"])
+@pytest.mark.parametrize("refusal", ["is refused", "exceeds the host's free memory"])
+def test_host_memory_that_a_gpu_can_not_have_is_refused_by_its_flag(monkeypatch, flag, refusal):
+    def refuse(*args, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(host_memory, "PinnedMemory", refuse)
+    free = GIB if refusal == "is refused" else 1 << 10
+    monkeypatch.setattr(host_memory, "free_bytes", lambda device: free)
+    config = EngineConfig.from_flags(cpu_offload_bytes=1 << 20, kv_host_memory_bytes=1 << 20)
+    dense = ModelConfig("llama", 96, 48, 4, 6, 2, 8, 8, 80, 512)
+    model = with_attention(dense, AttentionMode.NSA)
+    plan = StreamPlan.of(parameter_shapes(model), model.num_layers, torch.bfloat16, 1 << 20)
+    cuda = torch.device("cuda")
+    reserve = {
+        "--cpu-offload-bytes": lambda: host_memory.reserve_weights(plan),
+        "--kv-host-memory-bytes": lambda: host_memory.reserve_pages(config, model, LAYOUT, cuda),
+    }
+    with pytest.raises(ConfigError, match=f"{flag} .*{refusal}"):
+        reserve[flag]()

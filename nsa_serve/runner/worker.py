@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -12,23 +11,21 @@ from ..config import EngineConfig
 from ..errors import ConfigError
 from ..memory.device_pool import DevicePool
 from ..memory.disk_tier import DiskTier
-from ..memory.host_pool import HostPool, PinnedMemory
+from ..memory.host_pool import HostPool
 from ..memory.layout import KVLayout
-from ..memory.page_store import SEGMENT_BYTES, PageStore
 from ..memory.tier import HostTier
 from ..models.checkpoint import Checkpoint, resolve
 from ..models.config import ModelConfig, with_attention, with_context
 from ..models.decoder import Decoder
 from ..models.families import model_config
-from ..models.identity import model_identity
 from ..models.linear import choose_dtype
-from ..models.loader import Progress, load_decoder, num_weight_bytes, parameter_shapes
-from ..models.weight_stream import StreamPlan, WeightStream
+from ..models.loader import Progress, load_decoder, num_weight_bytes
 from ..schedule.plan import StepPlan
 from .budget import CacheSize, check_weights, default_cpu_cache, free_bytes, shown, size_cache
+from .host_memory import build_stream, open_store, plan_stream, reserve_pages, reserve_weights
 from .model_runner import ModelRunner, PendingStep
 from .profile import measure_peak
-from .tier_sizes import TierSize, size_tiers, transfer_pages
+from .tier_sizes import TierSize, size_tiers
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +52,10 @@ class Worker:
         self.token_budget = token_budget(config, self.device)
         self._free_at_start = free_bytes(self.device)
         self.num_weight_bytes = num_weight_bytes(self.model_config, self.dtype)
-        self.stream_plan = self._plan_stream()
+        self.stream_plan = plan_stream(config, self.model_config, self.device, self.dtype)
         self._check_fit()
-        self._offloaded = self._reserve_weights()
-        self._pinned = self._reserve_host()
+        self._offloaded = reserve_weights(self.stream_plan)
+        self._pinned = reserve_pages(config, self.model_config, self.layout, self.device)
         self.model = self._load(progress)
         self.tiers: TierSize | None = None
         self.disk: DiskTier | None = None
@@ -66,7 +63,7 @@ class Worker:
         self.max_model_len, self.num_blocks = size.max_model_len, size.num_blocks
         self.pool, self.tier = self._build_pools()
         self.num_cache_bytes = self.pool.num_bytes
-        self.disk = self._open_disk(self.tier)
+        self.disk = self._open_disk()
         self._runner = self._build_runner(self.pool, self.max_model_len, tier=self.tier)
 
     @property
@@ -141,64 +138,6 @@ class Worker:
                 f"({shown(asked)}) exceed the free memory of {shown(free)}: lower that flag"
             )
 
-    def _plan_stream(self) -> StreamPlan | None:
-        asked = self.config.source.cpu_offload_bytes
-        if not asked:
-            return None
-        if self.device.type != "cuda":
-            raise ConfigError(
-                "--cpu-offload-bytes needs a GPU: on a CPU all weights lie in host memory"
-            )
-        shapes = parameter_shapes(self.model_config)
-        return StreamPlan.of(shapes, self.model_config.num_layers, self.dtype, asked)
-
-    def _reserve_weights(self) -> PinnedMemory | None:
-        """Begin to page-lock what ``--cpu-offload-bytes`` keeps in host memory."""
-        plan = self.stream_plan
-        if plan is None:
-            return None
-        free = free_bytes(torch.device("cpu"))
-        if plan.host_bytes >= free:
-            raise ConfigError(
-                f"--cpu-offload-bytes {self.config.source.cpu_offload_bytes} exceeds the host's "
-                f"free memory of {shown(free)}: lower that flag"
-            )
-        return PinnedMemory(plan.host_bytes, flag="--cpu-offload-bytes", unit=plan.layer_bytes)
-
-    def _build_stream(self) -> WeightStream | None:
-        plan, memory = self.stream_plan, self._offloaded
-        if plan is None or memory is None:
-            return None
-        host = memory.wait()
-        if host.numel() < plan.host_bytes:
-            raise ConfigError(
-                f"--cpu-offload-bytes: the system page-locks only {shown(host.numel())} of "
-                f"{shown(plan.host_bytes)}: raise the limit of locked memory (ulimit -l)"
-            )
-        return WeightStream(plan, host.view(self.dtype), self.device)
-
-    def _reserve_host(self) -> PinnedMemory | None:
-        """Check what ``--kv-host-memory-bytes`` asks for, and begin to page-lock it for a GPU."""
-        asked = self.config.cache.kv_host_memory_bytes
-        if not asked:
-            return None
-        if self.model_config.nsa is None:
-            raise ConfigError(
-                "--kv-host-memory-bytes needs Native Sparse Attention: dense attention reads the "
-                "whole cache for every token; use --attention nsa, or leave the flag out"
-            )
-        free = free_bytes(torch.device("cpu"))
-        if asked >= free:
-            raise ConfigError(
-                f"--kv-host-memory-bytes {asked} ({shown(asked)}) exceeds the host's free memory "
-                f"of {shown(free)}: lower that flag"
-            )
-        unit = transfer_pages(self.layout) * self.layout.bytes_per_slot
-        try:
-            return PinnedMemory(asked, unit=unit) if self.device.type == "cuda" else None
-        except OSError as error:
-            raise ConfigError(f"--kv-host-memory-bytes {asked} is refused: {error}") from None
-
     def _build_pools(self) -> tuple[DevicePool, HostTier | None]:
         tiers = self.tiers
         if tiers is None:
@@ -219,28 +158,11 @@ class Worker:
             pool, host, slab=tiers.slab, num_hot=tiers.num_hot, num_ranked=num_ranked
         )
 
-    def _open_disk(self, tier: HostTier | None) -> DiskTier | None:
-        cache, source = self.config.cache, self.config.source
-        if cache.kv_disk_dir is None:
-            return None
-        page_bytes = self.layout.bytes_per_block
-        least = 2 * (SEGMENT_BYTES + page_bytes)
-        if cache.kv_disk_bytes < least:
-            raise ConfigError(
-                f"--kv-disk-dir of {cache.kv_disk_bytes} bytes holds too few files: give it at "
-                f"least {shown(least)}"
-            )
-        # K/V of the same tokens differ in their last bits where they are computed otherwise.
-        way = self.device.type, self.config.graph.deterministic
-        seed = source.seed if source.random_weights else None
-        key = model_identity(self.checkpoint, self.model_config, self.layout, way, seed)
-        try:
-            store = PageStore(
-                Path(cache.kv_disk_dir).expanduser(), key, page_bytes, cache.kv_disk_bytes
-            )
-        except OSError as error:
-            raise ConfigError(f"--kv-disk-dir {cache.kv_disk_dir}: {error}") from None
-        return DiskTier(store, self.pool, tier)
+    def _open_disk(self) -> DiskTier | None:
+        store = open_store(
+            self.config, self.checkpoint, self.model_config, self.layout, self.device
+        )
+        return None if store is None else DiskTier(store, self.pool, self.tier)
 
     def _load(self, progress: Progress | None) -> Decoder:
         source = self.config.source
@@ -252,7 +174,7 @@ class Worker:
             seed=source.seed if source.random_weights else None,
             progress=progress,
             deterministic=self.config.graph.deterministic,
-            stream=self._build_stream(),
+            stream=build_stream(self.stream_plan, self._offloaded, self.device),
         )
 
     def _size_cache(self) -> CacheSize:
