@@ -5,7 +5,7 @@ import random
 import pytest
 
 from nsa_serve.cache.host_slots import HostSlots
-from nsa_serve.cache.manager import NearPages
+from nsa_serve.cache.near import NearPages
 from nsa_serve.cache.tiers import TieredResidence, TierSizes
 from nsa_serve.config import Policy
 

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from nsa_serve.cache.manager import CacheManager, NearPages
+from nsa_serve.cache.manager import CacheManager
+from nsa_serve.cache.near import NearPages
 from tests.fake_runner import DEPTHS, FakeRunner, Harness
 from tests.random_load import RandomLoad
 from tests.tiered_runner import SPACE, TieredHarness, TieredRunner

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nsa_serve.cache.manager import CacheManager, NearPages
+from nsa_serve.cache.manager import CacheManager
+from nsa_serve.cache.near import NearPages
 from nsa_serve.cache.residence import BlockMove
 from nsa_serve.cache.tiers import TierSizes
 

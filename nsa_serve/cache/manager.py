@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..request import Request
 from .blocks import BlockPool, BlockTable
+from .near import NearPages, NearPins
 from .prefix import PendingPages, PrefixIndex, page_digest, root_digest
 from .residence import ABSENT, Residence, ResidenceUpdate
 from .shelf import PageShelf, Shelving
@@ -20,13 +21,6 @@ class Match(NamedTuple):
 
     block_ids: list[int]
     num_idle: int  # of them held by nobody: taking them makes that many fewer usable
-
-
-class NearPages(NamedTuple):
-    """Which pages of a running request stay on the device: forced ones and those of its window."""
-
-    num_initial: int
-    num_tokens: int  # before the next one to compute that its ops read without asking where
 
 
 class CacheManager:
@@ -54,7 +48,7 @@ class CacheManager:
         self.page_size = page_size
         self.enable_prefix_caching = enable_prefix_caching
         self.residence = Residence(num_blocks) if tiers is None else TieredResidence(tiers)
-        self._near = near
+        self._near = None if near is None else NearPins(near, self.residence, page_size)
         self._pool = BlockPool(num_blocks)
         self.shelving = None if shelf is None else Shelving(shelf, self.residence, self._pool)
         self._index = PrefixIndex()
@@ -176,16 +170,15 @@ class CacheManager:
 
         Always so without a host tier: there all that is held is on the device.
         """
-        if self._near is None:
-            return True
-        each = self._near.num_initial + self.num_pages(self._near.num_tokens) + 1
-        return num_requests * each + self.num_pages(num_tokens) <= self.residence.num_places
+        return self._near is None or self._near.fit(num_requests, num_tokens)
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks for tokens [0, num_tokens): the new ones, or None (and none taken) if too few."""
         table = self._tables[request.index]
         missing = max(0, self.num_pages(num_tokens) - len(table.block_ids))
-        if missing > self.num_usable or not self._slide(table, request.num_computed, missing):
+        if missing > self.num_usable:
+            return None
+        if self._near is not None and not self._near.slide(table, request.num_computed, missing):
             return None
         taken = [self._take() for _ in range(missing)]
         table.block_ids.extend(taken)
@@ -219,7 +212,8 @@ class CacheManager:
     def free(self, request: Request) -> None:
         """Give back all blocks; published ones stay cached, and the last page is evicted first."""
         table = self._tables[request.index]
-        self._unpin(table)
+        if self._near is not None:
+            self._near.end(table)
         for block_id in reversed(table.block_ids):
             if self._pool.release(block_id, keep=block_id in self._index):
                 self.residence.vacate(block_id)
@@ -310,9 +304,8 @@ class CacheManager:
         for index, table in self._tables.items():
             self._check_table(index, table)
             holders.update(table.block_ids)
-            if table.first_near is not None:
-                near = self._near_pages(table, table.first_near)
-                pins.update(table.block_ids[page] for page in near)
+            if self._near is not None:
+                pins.update(self._near.pinned(table))
         if self.shelving is not None:
             pins.update(list(self.shelving.arriving))
         self.residence.check_pins(pins)
@@ -333,44 +326,6 @@ class CacheManager:
         assert not filed or cached or count, f"block {block_id} is free, yet filed"
         placed = self.residence.slot(block_id) != ABSENT
         assert placed == (cached or count > 0), f"block {block_id}: slot and state disagree"
-
-    def _slide(self, table: BlockTable, num_computed: int, num_new: int) -> bool:
-        """Pin what the next tokens read directly, unpin what fell behind; no more than has room.
-
-        False, and nothing more pinned, unless ``num_new`` pages fit on the device beside it.
-        """
-        if self._near is None:
-            return True
-        first = max(0, num_computed - self._near.num_tokens) // self.page_size
-        if table.first_near is None:
-            return self._pin(table, first, num_new)
-        for page in range(max(table.first_near, self._near.num_initial), first):
-            self.residence.unpin(table.block_ids[page])
-        table.first_near = max(first, table.first_near)
-        return num_new <= self.residence.room
-
-    def _pin(self, table: BlockTable, first: int, num_new: int) -> bool:
-        """Pin the near pages of a request that starts, if they fit."""
-        near = [table.block_ids[page] for page in self._near_pages(table, first)]
-        loose = sum(not self.residence.is_pinned(block_id) for block_id in near)
-        if loose + num_new > self.residence.room:
-            return False
-        for block_id in near:
-            self.residence.pin(block_id)
-        table.first_near = first
-        return True
-
-    def _unpin(self, table: BlockTable) -> None:
-        if table.first_near is not None:
-            for page in self._near_pages(table, table.first_near):
-                self.residence.unpin(table.block_ids[page])
-            table.first_near = None
-
-    def _near_pages(self, table: BlockTable, first: int) -> list[int]:
-        """Pages of a request that stay on the device: forced ones, and all from ``first`` on."""
-        assert self._near is not None
-        held = len(table.block_ids)
-        return [*range(min(self._near.num_initial, first, held)), *range(first, held)]
 
     def _may_publish(self, table: BlockTable) -> bool:
         return self.enable_prefix_caching and table.publishes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..cache.manager import NearPages
+from ..cache.near import NearPages
 from ..cache.tiers import TierSizes
 from ..runner.tier_sizes import TierSize
 
