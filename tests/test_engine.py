@@ -15,9 +15,8 @@ from nsa_serve.models.checkpoint import resolve
 from nsa_serve.request import FinishReason
 from nsa_serve.runner.model_runner import NO_FINITE_LOGITS
 from nsa_serve.tokenizer import Tokenizer, read_source
+from tests.fake_runner import DEPTHS
 from tests.scripted_engine import EOS, VOCAB, Bench, make_request
-
-DEPTHS = pytest.mark.parametrize("depth", [0, 1])
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from nsa_serve.engine import engine as engine_module
 from nsa_serve.engine.engine import OUT_OF_MEMORY, is_out_of_memory
 from nsa_serve.request import FinishReason
 from nsa_serve.runner.model_runner import NO_FINITE_LOGITS
+from tests.fake_runner import DEPTHS
 from tests.scripted_engine import Bench
 
-DEPTHS = pytest.mark.parametrize("depth", [0, 1])
 NAMES = ("a", "b", "c", "d")
 
 

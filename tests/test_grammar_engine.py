@@ -29,10 +29,10 @@ from tests.byte_grammars import (
     regex,
     schema,
 )
+from tests.fake_runner import DEPTHS
 
 COMPILER = byte_compiler()
 CODE = regex(r"[a-f]{3}-[0-9]{4}")
-DEPTHS = pytest.mark.parametrize("depth", [0, 1])
 
 
 def bench(**options: Any) -> GrammarBench:

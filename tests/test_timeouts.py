@@ -9,13 +9,14 @@ from nsa_serve.config import EngineConfig, Policy
 from nsa_serve.errors import ConfigError, Overloaded
 from nsa_serve.request import FinishReason, RequestOutput
 from nsa_serve.server.admission import Admission
+from tests.fake_runner import DEPTHS
 from tests.scripted_engine import Bench
 from tests.server_fakes import FakeEngine, events, fake_server
 
 HI = [{"role": "user", "content": "Hi"}]
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@DEPTHS
 def test_an_overdue_request_gets_one_final_output_that_says_why(depth: int) -> None:
     bench = Bench({"slow": range(10, 60), "other": range(10, 60)}, depth=depth)
     bench.add("slow", max_tokens=40, timeout=6.5)
