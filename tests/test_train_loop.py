@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from nsa_serve.errors import CheckpointError, ConfigError, TrainingFailed
-from nsa_serve.train.batches import prefetched
+from nsa_serve.train.batches import BatchSource, prefetched
+from nsa_serve.train.dialogues import Dialogues
 from nsa_serve.train.loop import Run, RunPlan
 from nsa_serve.train.plot import plot_run
 from nsa_serve.train.schedule import Budget, rate
@@ -65,6 +67,51 @@ def test_a_stopped_run_goes_on_with_the_same_curve_and_ends_with_the_same_adapte
         assert torch.equal(tensor, theirs[name]), name
     assert plot_run(whole / "log.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def steps_of(out) -> list[object]:
+    """Losses of each step, however many of them share a row."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [one for row in rows for one in row["each"]]
+
+
+def test_a_run_from_an_adapter_and_with_dialogues_that_is_killed_logs_each_step_once(
+    base, source, tmp_path
+):
+    talks = [([7 + n] * 30, [at > 9 for at in range(30)]) for n in range(20)]
+    mixed = BatchSource(
+        source.writer, replace(source.plan, dialogue_share=0.5), source.nsa, 3, Dialogues.of(talks)
+    )
+    settings = {"log_every": 3, "from_progress": 0.6, "save_seconds": 1.5, "num_threads": 1}
+
+    def run_to(out, *, kill_at: int | None = None) -> Run:
+        trainer = make_trainer(base)
+        disturb(trainer.adapter)
+        run = Run(trainer, mixed, plan_of(out, **settings), report=str)
+        run.clock = lambda: run._began + run.step  # a step takes a second: every second one saves
+        step = trainer.step
+
+        def killed_at(batches, factor):
+            if run.step == kill_at:
+                raise KeyboardInterrupt
+            return step(batches, factor)
+
+        trainer.step = killed_at
+        return run
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_to(whole).go()
+    with pytest.raises(KeyboardInterrupt):
+        run_to(parts, kill_at=3).go()
+    row = (parts / "log.jsonl").read_text().splitlines()[-1]
+    with (parts / "log.jsonl").open("a") as log:
+        log.write(row.replace('"step": 2', '"step": 3') + "\n" + row[:40])
+    (parts / "checkpoint" / "step3-00001-of-00002.safetensors.part").write_bytes(b"half")
+    run_to(parts).go()
+    assert len(steps_of(whole)) == STEPS
+    assert '"dialogue": null' not in (whole / "log.jsonl").read_text()
+    assert steps_of(parts) == steps_of(whole)
+    assert not list(parts.rglob("*.part"))
 
 
 def test_a_run_by_the_clock_saves_on_the_way_and_ends_in_time(base, source, tmp_path):

@@ -21,6 +21,7 @@ from .storage import RunState, load_checkpoint, save_adapter, save_checkpoint
 from .trainer import LOSS_NAMES, Trainer
 
 Tensor = torch.Tensor
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Run:
         self.step, self.num_tokens, self._seconds_before = 0, 0, 0.0
         self._began = clock()
         self._pending: list[tuple[int, Tensor]] = []  # (longest sequence, losses) not yet logged
+        self._factor = 0.0  # on the learning rate, of the last step
         self._logged_at = (0.0, 0)
         self._last_row: dict[str, Any] = {}
 
@@ -90,7 +92,9 @@ class Run:
         return limit is not None and self.clock() - self._began >= limit
 
     def save(self) -> None:
-        """Write the adapter and, where wanted, the checkpoint."""
+        """Write the adapter and, where wanted, the checkpoint; what is saved is logged before."""
+        if self._pending:
+            self._log()
         training = {
             "step": self.step, "num_tokens": self.num_tokens, "seconds": round(self.seconds, 1),
             "last": self._last_row,
@@ -116,6 +120,7 @@ class Run:
             self.step, self.num_tokens = state.step, state.num_tokens
             self._seconds_before, self._began = state.seconds, self.clock()
             self._logged_at = (self.seconds, self.num_tokens)
+            _trim_log(self.plan.out / LOG, self.step)
             self.report(f"going on from step {self.step}, {state.seconds:.0f} s")
 
     def _batches(self) -> Generator[MicroBatch]:
@@ -131,17 +136,17 @@ class Run:
 
     def _advance(self, batches: list[MicroBatch]) -> None:
         on_device = [batch.to(self.trainer.device) for batch in batches]
-        factor = rate(self.progress)
-        losses, norm = self.trainer.step(on_device, factor)
+        self._factor = rate(self.progress)
+        losses, norm = self.trainer.step(on_device, self._factor)
         for batch, found in zip(batches, losses, strict=True):
             row = torch.cat([found.stacked().detach(), norm[None].float()])
             self._pending.append((batch.longest, row))
         self.step += 1
         self.num_tokens += sum(sum(batch.seq_lens) for batch in batches)
         if self.step % self.plan.log_every == 0 or self.progress >= 1:
-            self._log(factor)
+            self._log()
 
-    def _log(self, factor: float) -> None:
+    def _log(self) -> None:
         """One row of the steps since the last: the only place that waits for the device."""
         table = torch.stack([row for _, row in self._pending]).cpu()
         lengths = [length for length, _ in self._pending]
@@ -154,15 +159,26 @@ class Run:
         means |= {"loss": float(table[:, 0].mean()), "norm": float(table[:, -1].mean())}
         row = {
             "step": self.step, "seconds": round(seconds, 2), "num_tokens": self.num_tokens,
-            "tokens_per_second": round(tokens / max(passed, 1e-9)), "rate": round(factor, 5),
+            "tokens_per_second": round(tokens / max(passed, 1e-9)), "rate": round(self._factor, 5),
             **{name: None if math.isnan(v) else round(v, 5) for name, v in means.items()},
             "lengths": lengths,
             "each": [[_rounded(v) for v in one] for one in table.tolist()],
         }  # fmt: skip
         self._last_row = {k: v for k, v in row.items() if k not in ("lengths", "each")}
-        with (self.plan.out / "log.jsonl").open("a") as file:
+        with (self.plan.out / LOG).open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.report(_line(row))
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Take away the rows of steps after the checkpoint's, which are done again, and a torn one."""
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.replace(path)
 
 
 def _rounded(value: float) -> float | None:

@@ -111,7 +111,7 @@ def save_checkpoint(
         "files": files,
     }  # fmt: skip
     _write_atomically(folder / "state.json", json.dumps(record))
-    for old in folder.glob("step*.safetensors"):
+    for old in folder.glob("step*.safetensors*"):  # also what a kill left unfinished
         if old.name not in files:
             old.unlink()
 
