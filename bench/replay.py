@@ -21,11 +21,12 @@ class SelectionReplay:
     """Replaces the selections of a model's pure decode steps; their computation stays.
 
     Each of a token's free choices is kept from the step before with probability ``keep``, else
-    drawn anew from its share of the far pages. All state is on the device and changes there alone,
-    so that a CUDA graph may hold it, and ``keep`` may be changed between replays.
+    drawn anew from its share of the far pages. So are ``num_ahead`` runners-up of each, which stay
+    runners-up. All state is on the device and changes there alone, so that a CUDA graph may hold
+    it, and ``keep`` may be changed between replays.
     """
 
-    def __init__(self, model: Decoder, *, max_rows: int) -> None:
+    def __init__(self, model: Decoder, *, max_rows: int, num_ahead: int = 0) -> None:
         nsa = model.config.nsa
         assert nsa is not None, "dense attention selects nothing"
         self.nsa = nsa.shape
@@ -33,7 +34,7 @@ class SelectionReplay:
         self.keep = torch.ones(1, device=model.device)
         size = (len(model.layers), max_rows, model.config.num_kv_heads)
         int32 = {"dtype": torch.int32, "device": model.device}
-        self._chosen = torch.full((*size, self.num_free), -1, **int32)  # type: ignore[call-overload]
+        self._chosen = torch.full((*size, self.num_free + num_ahead), -1, **int32)  # type: ignore[call-overload]
         self._lists = torch.full((*size, self.nsa.num_selected), -1, **int32)  # type: ignore[call-overload]
         for index, layer in enumerate(model.layers):
             assert isinstance(layer.attention, NSAAttention)
@@ -49,14 +50,22 @@ class SelectionReplay:
         listed: Tensor = self._lists[layer, : batch.num_tokens]
         return listed
 
+    def ranked(self, layer: int, batch: StepBatch) -> Tensor:
+        """[T, Hkv, n + num_ahead] blocks: what ``selection`` gave for this step, and runners-up."""
+        T = batch.num_tokens
+        ahead = self._chosen[layer, :T, :, self.num_free :]
+        is_far = ahead <= batch.positions[:, None, None] // self.nsa.page - self.nsa.num_local
+        return torch.cat((self._lists[layer, :T], torch.where(is_far, ahead, -1)), -1)
+
     def _advance(self, batch: StepBatch) -> None:
         nsa, T = self.nsa, batch.num_tokens
         chosen = self._chosen[:, :T]
         current = (batch.positions // nsa.page)[:, None, None]  # [T, 1, 1]
         first, last = nsa.num_initial, current - nsa.num_local
         # A share of the far pages for each choice: then no page is drawn twice.
-        width = (last - first + 1).clamp(min=self.num_free) / self.num_free
-        part = torch.arange(self.num_free, device=chosen.device)
+        num_choices = chosen.shape[-1]
+        width = (last - first + 1).clamp(min=num_choices) / num_choices
+        part = torch.arange(num_choices, device=chosen.device)
         draws = first + ((part + torch.rand(chosen.shape, device=chosen.device)) * width).int()
         kept = torch.rand(chosen.shape, device=chosen.device) < self.keep
         kept &= (chosen >= 0) & (chosen <= last)
@@ -66,7 +75,7 @@ class SelectionReplay:
         shape = (*chosen.shape[:-1], -1)
         far = [
             initial.expand(shape),
-            chosen.sort(dim=-1).values,
+            chosen[..., : self.num_free].sort(dim=-1).values,
             (last + 1 + local).expand(shape),
         ]
         every = torch.where(place <= current, place, -1)
@@ -86,7 +95,18 @@ class _ReplayedOps:
         return getattr(self._ops, name)
 
     def compressed_attention(
-        self, q: Tensor, compressed: Any, batch: StepBatch, **options: Any
+        self,
+        q: Tensor,
+        compressed: Any,
+        batch: StepBatch,
+        *,
+        ranked: Tensor | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, selected = self._ops.compressed_attention(q, compressed, batch, **options)
-        return out, self._replay.selection(self._layer, batch, selected)
+        out, selected = self._ops.compressed_attention(
+            q, compressed, batch, ranked=ranked, **options
+        )
+        selection = self._replay.selection(self._layer, batch, selected)
+        if ranked is not None and selection is not selected:
+            ranked.copy_(self._replay.ranked(self._layer, batch))
+        return out, selection

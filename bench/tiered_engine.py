@@ -178,7 +178,7 @@ def rates(
     ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="As for serve.")] = None,
     kv_runners_up: Annotated[
-        int, typer.Option(help="As for serve. The replay's choices have nothing to do with them.")
+        int, typer.Option(help="As for serve. None of them is selected: what they cost.")
     ] = 0,
 ) -> None:
     """Decode throughput by hit rate, and the rates of the copies that brought the pages there."""
@@ -187,7 +187,9 @@ def rates(
         max_num_seqs=max_num_seqs or streams, max_model_len=context + _ROOM,
         max_num_batched_tokens=budget, kv_runners_up=kv_runners_up,
     )  # fmt: skip
-    replay = SelectionReplay(bench.parts.worker.model, max_rows=max_num_seqs or streams)
+    replay = SelectionReplay(
+        bench.parts.worker.model, max_rows=max_num_seqs or streams, num_ahead=kv_runners_up
+    )
     began = time.perf_counter()
     open_streams(bench, streams, context, 8 + (len(KEPT) + 1) * (_WARMUP + steps))
     _say(opened_s=time.perf_counter() - began,

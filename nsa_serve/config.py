@@ -64,7 +64,7 @@ class CacheConfig:
     kv_cache_memory_bytes: int | None = None  # None: a share of the free memory
     gpu_memory_utilization: float = 0.9
     kv_host_memory_bytes: int = 0  # pages that the device lacks room for; 0: no host tier
-    kv_runners_up: int = 4  # blocks all but selected that a decode step fetches from there too
+    kv_runners_up: int = 0  # blocks all but selected that a decode step fetches from there too
     kv_disk_dir: str | None = None  # where pages of prefixes are kept that the cache gives up
     kv_disk_bytes: int = 32 * GIB
 

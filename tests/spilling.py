@@ -23,7 +23,7 @@ LONGEST = 6000
 MAX_TOKENS = 24
 # Sixteen requests of 2,000 tokens, 23 kB each in the embedded model, want 750 MB of raw pages.
 STEPS = {"attention": "nsa", "max_num_batched_tokens": 4096, "max_num_seqs": 16}
-TIGHT = {"kv_cache_memory_bytes": 500 << 20, "kv_host_memory_bytes": 1 << 30}
+TIGHT = {"kv_cache_memory_bytes": 500 << 20, "kv_host_memory_bytes": 1 << 30, "kv_runners_up": 4}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
 
 

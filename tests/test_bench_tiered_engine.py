@@ -42,7 +42,7 @@ def decode_batch(positions):
 @pytest.fixture
 def replay(folder):
     bench = BenchEngine.start(folder, device="cpu", dtype="float32", max_num_seqs=4)
-    return SelectionReplay(bench.parts.worker.model, max_rows=4)
+    return SelectionReplay(bench.parts.worker.model, max_rows=4, num_ahead=2)
 
 
 def test_forced_pages_stay_and_free_choices_are_distinct_pages_between_them(replay):
@@ -60,6 +60,22 @@ def test_forced_pages_stay_and_free_choices_are_distinct_pages_between_them(repl
                 assert found[-2:] == [page - 1, page]
         assert listed[2, 0].tolist() == [0, 1, -1, -1]  # as short as it is, all is selected
         assert (listed[3] == -1).all()
+
+
+def test_runners_up_are_far_pages_beside_the_selected_ones(replay):
+    batch = decode_batch([1000, 90, 20, -1])
+    replay.keep.fill_(0.5)
+    for _ in range(5):
+        listed = replay.selection(0, batch, None)
+        ranked = replay.ranked(0, batch)
+        assert torch.equal(ranked[..., : TINY_NSA.num_selected], listed)
+        for row, position in enumerate([1000, 90]):
+            for found in ranked[row].tolist():
+                there = [page for page in found if page >= 0]
+                assert len(set(there)) == len(there)
+                assert max(there) == position // TINY_NSA.page
+        assert (ranked[0] >= 0).all()
+        assert (ranked[3] == -1).all()
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])
@@ -80,12 +96,13 @@ def test_prompts_in_chunks_keep_their_own_selection(replay):
 def test_streams_beyond_the_device_decode_at_every_overlap(folder):
     found = lines(
         "rates", "--shape", folder, *SMALL, "--context", CONTEXT, "--streams", 4, "--steps", 4,
-        "--resident", 1,
+        "--resident", 1, "--kv-runners-up", 2,
     )  # fmt: skip
     points = [line for line in found if "kept" in line]
     assert [point["kept"] for point in points] == [0.99, 0.95, 0.90, 0.85]
     assert all(0 < point["hit_rate"] <= 1 and point["lookups"] > 0 for point in points)
     assert points[-1]["missed_mb"] > 0
+    assert points[-1]["prefetched_mb"] > 0
     assert points[0]["floor_tokens_per_s"] > 0
     copies = {line["copies"]: line for line in found if "copies" in line}
     assert copies["out"]["mean_mb"] > 0 < copies["in"]["gb_per_s"]

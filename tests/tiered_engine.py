@@ -29,7 +29,8 @@ def build(folder: Path, **flags: Any) -> Engine:
 
 
 def tiered(folder: Path, **flags: Any) -> Engine:
-    return build(folder, **{"kv_cache_memory_bytes": DEVICE, "kv_host_memory_bytes": HOST, **flags})
+    tier = {"kv_cache_memory_bytes": DEVICE, "kv_host_memory_bytes": HOST, "kv_runners_up": 4}
+    return build(folder, **{**tier, **flags})
 
 
 def make_requests(count: int, seed: int) -> list[EngineRequest]:
