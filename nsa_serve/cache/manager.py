@@ -277,7 +277,8 @@ class CacheManager:
         held += self._file(digests, self.shelving)
         for block_id in reversed(held):
             self._pool.release(block_id, keep=True)
-            self.residence.rest(block_id)
+            if self._pool.is_cached(block_id):
+                self.residence.rest(block_id)
 
     def _file(self, digests: Sequence[bytes], shelving: Shelving) -> list[int]:
         """Blocks for pages at hand, each held once; those that find none are given back."""
@@ -323,6 +324,7 @@ class CacheManager:
         cached = self._pool.is_cached(block_id)
         filed = block_id in self._index
         assert not cached or filed, f"block {block_id} is cached without a digest"
+        assert cached or not self.residence.rests(block_id), f"block {block_id} rests, but is held"
         assert not filed or cached or count, f"block {block_id} is free, yet filed"
         placed = self.residence.slot(block_id) != ABSENT
         assert placed == (cached or count > 0), f"block {block_id}: slot and state disagree"

@@ -78,6 +78,10 @@ class Residence:
     def rest(self, block_id: int) -> None:
         """Nobody holds the block now; it is kept for its content."""
 
+    def rests(self, block_id: int) -> bool:
+        """Whether the block goes before those that somebody holds when places run short."""
+        return False
+
     def wake(self, block_id: int) -> None:
         """Somebody holds the block again."""
 

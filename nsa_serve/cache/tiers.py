@@ -128,6 +128,9 @@ class TieredResidence(Residence):
             del self._cold[block_id]
             self._idle[block_id] = None
 
+    def rests(self, block_id: int) -> bool:
+        return block_id in self._idle
+
     def wake(self, block_id: int) -> None:
         if block_id in self._idle:
             del self._idle[block_id]
