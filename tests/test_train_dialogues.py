@@ -333,7 +333,7 @@ def test_of_dialogues_the_bases_words_are_learnt_and_padding_is_not(mixed):
         batch = mixed.draw(index, 0.0)
         if not bool(batch.spoken.any()):
             continue
-        assert batch.distilled
+        assert bool(batch.taught.all())
         assert batch.probes == ()
         assert not bool(batch.answers.any())
         assert len(batch.rows) == mixed.plan.num_learnt
@@ -362,7 +362,7 @@ def test_the_loss_of_dialogues_is_divergence_and_a_little_cross_entropy(mixed, t
     packed = PackedBatch.build(batch.seq_lens, nsa=trainer.nsa, device="cpu")
     with torch.no_grad():
         logits = trainer.hidden(trainer.merged(), batch, packed)[batch.rows] @ trainer.head.T
-        taught = trainer.taught(batch, packed)[batch.rows] @ trainer.head.T
+        taught = trainer.taught(batch)[batch.rows] @ trainer.head.T
         losses = trainer.losses(batch)
     entropy = F.cross_entropy(logits, batch.targets)
     given, wanted = logits.log_softmax(-1), taught.log_softmax(-1)

@@ -55,17 +55,30 @@ def test_training_computes_the_served_models_logits(base, source):
     torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_the_teacher_is_the_dense_base(base, source):
+def test_the_teacher_is_the_dense_base_in_windows_that_it_can_read(base, source):
     trainer = make_trainer(base)
     config = open_model(base)[1]
     weights = {name: tensor.clone() for name, tensor in trainer.teacher_weights.items()}
     decoder = Decoder(config, weights)
-    batch = source.draw(0, 0.0)
-    packed = PackedBatch.build(batch.seq_lens, nsa=TINY_NSA, device=CPU)
-    served = PagedModel(decoder, list(batch.seq_lens))
-    pieces = batch.token_ids.split(list(batch.seq_lens))
+    batch = source.draw(0, 1.0)
+    assert len(batch.teacher_lens) > len(batch.seq_lens)
+    served = PagedModel(decoder, list(batch.teacher_lens))
+    pieces = batch.token_ids.split(list(batch.teacher_lens))
     expected = served.step([(row, 0, ids.tolist()) for row, ids in enumerate(pieces)])
-    torch.testing.assert_close(trainer.taught(batch, packed), expected, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(trainer.taught(batch), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_the_teacher_is_heard_where_it_has_read_enough(source):
+    batch = source.draw(0, 1.0)
+    limit, past = source.plan.teacher_limit, source.plan.teacher_past
+    heard, lens = [], []
+    for length in batch.seq_lens:
+        heard += [at < limit or at % limit >= past for at in range(length)]
+        lens += [limit] * (length // limit) + ([length % limit] if length % limit else [])
+    assert list(batch.teacher_lens) == lens
+    assert batch.taught.tolist() == [heard[row] for row in batch.rows.tolist()]
+    assert bool(batch.taught.any())
+    assert not bool(batch.taught.all())
 
 
 def test_merging_in_training_and_at_load_agree(base):

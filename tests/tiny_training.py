@@ -80,7 +80,8 @@ def make_corpus(tokenizer: Tokenizer) -> Corpus:
 
 def make_source(tokenizer: Tokenizer, *, num_tokens: int = 512, longest: int = 256) -> BatchSource:
     plan = BatchPlan(
-        num_tokens=num_tokens, num_learnt=64, teacher_limit=longest, probe_tokens=8,
+        num_tokens=num_tokens, num_learnt=64, teacher_limit=longest // 2, teacher_past=32,
+        probe_tokens=8,
         curriculum=(Stage(0.5, ((longest // 2, 1.0),)), Stage(1.0, ((longest, 1.0),))),
     )  # fmt: skip
     return BatchSource(SequenceWriter(make_corpus(tokenizer), tokenizer), plan, TINY_NSA, seed=3)

@@ -54,7 +54,8 @@ class BatchPlan:
 
     num_tokens: int = 65_536  # of a micro-batch, whatever its sequences
     num_learnt: int = 20_480  # tokens whose logits are computed; answers come first
-    teacher_limit: int = 8192  # sequences up to this long are distilled
+    teacher_limit: int = 8192  # tokens of a window of the teacher, whole pages
+    teacher_past: int = 512  # tokens that it has read of a window before it is heard
     num_probes: int = 2  # sequences whose block scores are trained
     probe_tokens: int = 96  # of each of them
     dialogue_share: float = 0.2  # of micro-batches, where there are dialogues
@@ -73,8 +74,9 @@ class MicroBatch:
     answers: Tensor  # [R] bool: an exercise's answer, and not text
     spoken: Tensor  # [R] bool: what the teacher said itself
     graded: Tensor  # [R] bool: cross-entropy counts; elsewhere only what a teacher says
+    taught: Tensor  # [R] bool: the teacher has read enough to be heard
+    teacher_lens: tuple[int, ...]  # the same tokens in the windows that the teacher reads
     probes: tuple[Probe, ...]
-    distilled: bool
 
     @property
     def longest(self) -> int:
@@ -96,6 +98,7 @@ class MicroBatch:
             answers=move(self.answers),
             spoken=move(self.spoken),
             graded=move(self.graded),
+            taught=move(self.taught),
             probes=probes,
         )
 
@@ -136,17 +139,13 @@ class BatchSource:
         longest = min(longest, plan.num_tokens)
         lens = lengths_of(rng, longest, plan.num_tokens, self.nsa.page)
         sequences = [self.writer.draw(rng, length) for length in lens]
-        return self._micro_batch(rng, index, sequences, distilled=longest <= plan.teacher_limit)
+        return self._micro_batch(rng, index, sequences)
 
     def _micro_batch(
-        self,
-        rng: random.Random,
-        index: int,
-        sequences: Sequence[TrainingSequence],
-        *,
-        distilled: bool = True,
+        self, rng: random.Random, index: int, sequences: Sequence[TrainingSequence]
     ) -> MicroBatch:
         lens = [len(sequence.tokens) for sequence in sequences]
+        windows = [_windows(length, self.plan.teacher_limit) for length in lens]
         tokens, kinds = as_columns(sequences)
         rows = self._learnt_rows(rng, lens, kinds)
         target_kinds = kinds[rows + 1]
@@ -159,8 +158,9 @@ class BatchSource:
             answers=torch.from_numpy(target_kinds == ANSWER),
             spoken=torch.from_numpy(target_kinds == SPOKEN),
             graded=torch.from_numpy(target_kinds > 0),
+            taught=torch.from_numpy(_heard(windows, self.plan.teacher_past)[rows]),
+            teacher_lens=tuple(length for parts in windows for length in parts),
             probes=self._probes(rng, lens, kinds),
-            distilled=distilled,
         )
 
     def _learnt_rows(
@@ -198,6 +198,21 @@ class BatchSource:
         asked = rng.sample(answers, min(count // 2, len(answers)))
         plain = [rng.randrange(first, length) for _ in range(count - len(asked))]
         return Probe(start, length, torch.tensor(sorted([*asked, *plain])))
+
+
+def _windows(length: int, limit: int) -> list[int]:
+    """``length`` tokens in parts of ``limit`` and a shorter last one."""
+    return [min(limit, length - at) for at in range(0, length, limit)]
+
+
+def _heard(windows: Sequence[Sequence[int]], past: int) -> NDArray[np.bool_]:
+    """[T]: tokens with ``past`` others before them in their window, or in its sequence's first."""
+    parts = [
+        (np.arange(length) >= past) | (number == 0)
+        for lens in windows
+        for number, length in enumerate(lens)
+    ]
+    return np.concatenate(parts)
 
 
 def prefetched(

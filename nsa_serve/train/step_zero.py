@@ -29,7 +29,7 @@ def step_zero(trainer: Trainer, batch: MicroBatch) -> dict[str, float]:
     packed = PackedBatch.build(batch.seq_lens, nsa=trainer.nsa, device=trainer.device)
     merged = trainer.merged()
     fixed = trainer.hidden(_fixed_gates(trainer, merged), batch, packed)[batch.rows]
-    dense = trainer.taught(batch, packed)[batch.rows]
+    dense = trainer.taught(batch)[batch.rows]
     plain = _losses(trainer, batch, fixed, None)
     grown = _losses(trainer, batch, trainer.hidden(merged, batch, packed)[batch.rows], fixed)
     return {

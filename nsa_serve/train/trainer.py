@@ -1,4 +1,4 @@
-"""One optimiser step: the student's pass, the teacher's where sequences are short, the losses."""
+"""One optimiser step: the student's pass, the teacher's in windows of its own, the losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 class LossWeights:
     """Each loss is a mean over its own tokens, so that few answers count as much as long texts."""
 
-    text: float = 0.5
+    text: float = 0.1  # cross-entropy beside the divergence: alone it makes another model of it
     answer: float = 1.0
     spoken: float = 0.1  # cross-entropy beside the divergence: greedy answers should stay greedy
     teacher: float = 1.0
@@ -133,7 +133,7 @@ class Trainer:
         packed = PackedBatch.build(batch.seq_lens, nsa=self.nsa, device=self.device)
         importance = ImportanceLoss(batch.probes, self.nsa) if batch.probes else None
         hidden = self.hidden(self.merged(), batch, packed, importance)[batch.rows]
-        taught = self.taught(batch, packed)[batch.rows] if batch.distilled else None
+        taught = self.taught(batch)[batch.rows]
         ce, kl = self._token_weights(batch)
         loss, tokens = head_loss(
             hidden, self.head, batch.targets, ce=ce, kl=kl, taught=taught, ops=self.ops
@@ -159,10 +159,11 @@ class Trainer:
         return self.student.hidden(weights, batch.token_ids, angles, attend)
 
     @torch.no_grad()
-    def taught(self, batch: MicroBatch, packed: PackedBatch) -> Tensor:
-        """Hidden states [T, H] of the dense base model."""
+    def taught(self, batch: MicroBatch) -> Tensor:
+        """Hidden states [T, H] of the dense base model, which reads each window by itself."""
+        packed = PackedBatch.build(batch.teacher_lens, nsa=self.nsa, device=self.device)
         angles = angles_of(self.teacher_rotary, packed)
-        attend = DenseCausalAttention(batch.seq_lens, self.device)
+        attend = DenseCausalAttention(batch.teacher_lens, self.device)
         return self.teacher.hidden(self.teacher_weights, batch.token_ids, angles, attend)
 
     def _token_weights(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -174,9 +175,8 @@ class Trainer:
         ce = ce + self.weights.answer * answers / answers.sum().clamp(min=1)
         ce = ce + self.weights.spoken * spoken / spoken.sum().clamp(min=1)
         # On an exercise's answers the teacher is no authority: it misses some.
-        taught = 1 - answers
-        share = self.weights.teacher if batch.distilled else 0.0
-        return ce, share * taught / taught.sum().clamp(min=1)
+        taught = (batch.taught & ~batch.answers).float()
+        return ce, self.weights.teacher * taught / taught.sum().clamp(min=1)
 
 
 def build_optimiser(adapter: Adapter, rates: Rates) -> torch.optim.AdamW:
@@ -213,14 +213,14 @@ def _summary(
     loss: Tensor, tokens: TokenLosses, batch: MicroBatch, importance: ImportanceLoss | None
 ) -> StepLosses:
     texts = batch.graded & ~batch.answers & ~batch.spoken
-    others = ~batch.answers & ~batch.spoken
+    others = batch.taught & ~batch.answers & ~batch.spoken
     nothing = loss.new_full((), torch.nan)
     return StepLosses(
         loss=loss,
         text=_mean(tokens.entropy, texts),
         answer=_mean(tokens.entropy, batch.answers),
         answers_right=_mean(tokens.right, batch.answers),
-        teacher=_mean(tokens.divergence, others) if batch.distilled else nothing,
+        teacher=_mean(tokens.divergence, others),
         importance=nothing if importance is None else importance.total().detach(),
         caught=nothing if importance is None else importance.caught_share(),
         dialogue=_mean(tokens.divergence, batch.spoken),
