@@ -171,6 +171,7 @@ def measure_oversubscribed(
         conditions |= _conditions(shape, engine.bench)
         for factor in FACTORS:
             found.append(oversubscribed(engine, work, factor))
+            print(f"{factor:g} × what fits: {found[-1].output_tokens_per_s:,.0f} tokens/s")
             engine.bench.parts.scheduler.reset_prefix_cache()
     columns = ("open / what fits", "open", "output tokens/s", "preempted", "share of the best")
     best = max(point.output_tokens_per_s for point in found)
