@@ -99,7 +99,8 @@ def build_case(
         pool.num_slots + next(host_slots) if block % pages in far else next(near_slots)
         for block in range(num_streams * pages)
     ]
-    tier.apply(ResidenceUpdate([], list(enumerate(slots)), True))
+    tier.note(ResidenceUpdate([], list(enumerate(slots)), True))
+    tier.catch_up()
     blocks = torch.arange(num_streams * pages, dtype=torch.int32, device=device)
     table = blocks.view(num_streams, pages)
     rows = torch.arange(num_streams + 1, dtype=torch.int32, device=device)

@@ -17,10 +17,10 @@ from nsa_serve.memory.layout import KVLayout
 from nsa_serve.memory.page_store import KEY_BYTES, PageStore
 from nsa_serve.memory.tier import HostTier
 from nsa_serve.runner import host_memory
-from nsa_serve.schedule.plan import PageAt
+from nsa_serve.schedule.plan import BlockMove, PageAt, ResidenceUpdate, StepPlan
 from nsa_serve.server.flags import ServeFlags, parse_disk
 from tests.checkpoints import PHIS, TINY_NSA, gated, nsa_config_json, write_checkpoint
-from tests.tiered_engine import build, make_requests, run
+from tests.tiered_engine import Breaking, build, make_requests, run
 
 PAGE = TINY_NSA.page
 CACHE = 380_000  # 36 pages; the longest of these requests takes 34
@@ -270,20 +270,41 @@ def test_pages_at_hand_are_let_go_where_the_step_that_was_to_load_them_fails(
 ) -> None:
     both = {"kv_cache_memory_bytes": 660_000, "kv_host_memory_bytes": 2 << 20}
     requests = make_requests(1, seed=3)
-    fill(folder, tmp_path, requests)
+    expected = fill(folder, tmp_path, requests)
     engine = on_disk(folder, tmp_path, **both)
     worker: Any = engine._runner
 
-    def refuse(update: Any) -> None:
+    def refuse(num_left: int = 0) -> None:
         raise RuntimeError("no memory")
 
     failed: dict[str, str] = {}
     with monkeypatch.context() as broken:
-        broken.setattr(worker.tier, "apply", refuse)
+        broken.setattr(worker.tier, "catch_up", refuse)
         run(engine, requests, failed=failed)
     assert list(failed) == [requests[0].request_id]
     assert not tier_of(engine)._at_hand
+    assert run(engine, requests) == expected
     tier_of(engine).close()
+
+
+def test_a_page_that_leaves_after_a_failed_step_is_saved_as_that_was_to_move_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = on_disk(folder, tmp_path, kv_cache_memory_bytes=660_000, kv_host_memory_bytes=2 << 20)
+    worker: Any = engine._runner
+    pool, first_host = worker.pool, worker.pool.num_slots
+    page = pool.pages[5].normal_().numpy().tobytes()
+    out = ResidenceUpdate([BlockMove(3, 5, first_host, False)], [(3, first_host)], True)
+    lane = worker.tier._mover._lane
+    with monkeypatch.context() as broken:
+        broken.setattr(lane, "run", Breaking(lane.run, MemoryError(), every=1))
+        with pytest.raises(MemoryError):
+            worker.launch(StepPlan(0, [], [], [], residence=out))
+    digest = bytes(range(KEY_BYTES))
+    leaves = [PageAt(digest, 3, first_host)]
+    worker.launch(StepPlan(1, [], [], [], leaves, ResidenceUpdate([], [], True)))
+    tier_of(engine).close()
+    assert tier_of(engine).store.get(digest)[: len(page)] == page
 
 
 def test_nobody_finds_what_another_model_or_salt_has_left(folder: Path, tmp_path: Path) -> None:

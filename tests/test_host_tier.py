@@ -1,17 +1,18 @@
 """The engine over a device tier of a few pages and a host tier, on a CPU: the same text."""
 
-import itertools
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 
-from nsa_serve.engine.engine import OUT_OF_MEMORY
+from nsa_serve.engine.engine import OUT_OF_MEMORY, STEP_FAILED, Engine
 from nsa_serve.errors import ConfigError, PromptTooLong
+from nsa_serve.kernels.reference import block_copy
 from nsa_serve.memory.copy_lane import SameLane
-from nsa_serve.request import EngineRequest, SamplingParams
-from nsa_serve.schedule.plan import ResidenceUpdate
+from nsa_serve.request import EngineRequest, RequestOutput, SamplingParams
 from nsa_serve.schedule.scheduler import PAGE_LOST
 from tests.checkpoints import (
     PHIS,
@@ -22,7 +23,7 @@ from tests.checkpoints import (
     write_checkpoint,
     write_config,
 )
-from tests.tiered_engine import DEVICE, build, make_requests, run, tiered
+from tests.tiered_engine import DEVICE, Breaking, build, make_requests, run, tiered
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), config)
 
 
-def test_text_is_the_same_with_the_tier_and_without_under_constant_spilling(folder: Path) -> None:
-    requests = make_requests(24, seed=1)
-    expected = run(build(folder), requests)
+@pytest.fixture(scope="module")
+def resident(folder: Path) -> dict[str, list[int]]:
+    """What an engine without a tier answers to 24 requests."""
+    return run(build(folder), make_requests(24, seed=1))
+
+
+def test_text_is_the_same_with_the_tier_and_without_under_constant_spilling(
+    folder: Path, resident: dict[str, list[int]]
+) -> None:
     engine = tiered(folder)
-    found = run(engine, requests)
-    assert found == expected
+    found = run(engine, make_requests(24, seed=1))
+    assert found == resident
     tier = engine.stats().tier
     assert tier is not None
     assert tier.lookups > tier.hits > 0 < tier.fetched_bytes
@@ -114,29 +121,71 @@ def test_a_lost_page_fails_the_requests_that_hold_it_and_no_other(folder: Path) 
         assert tokens == expected[request_id][:whole]
 
 
-def test_what_a_step_without_memory_did_not_note_of_pages_is_noted_by_the_next(
-    folder: Path,
-) -> None:
-    requests = make_requests(24, seed=1)
-    expected = run(build(folder), requests)
-    engine = tiered(folder)
-    runner: Any = engine._runner
-    mover = runner._runner.tier._mover
-    start, numbers = mover.start, itertools.count()
+def check_hot_pages(engine: Engine) -> None:
+    """What is listed as hot has the bytes of its page in host memory."""
+    worker: Any = engine._runner
+    pool, tier = worker.pool, worker._runner.tier
+    if tier._due:
+        return  # pages are about to move
+    residence = engine._cache.residence
+    slots = torch.tensor([residence.slot(block_id) for block_id in range(pool.num_blocks)])
+    slots = slots.where(slots == pool.slot_table, -1)  # else its block has ended
+    for hot, near, far in zip(tier.prefetcher._layers, pool.kv, tier.host.kv, strict=True):
+        heads, block_ids = torch.where((hot.places >= 0) & (slots >= pool.num_slots))
+        places = hot.first_slot + hot.places[heads, block_ids].long()
+        pages = slots[block_ids] - pool.num_slots
+        for hot_part, part in ((near.k, far.k), (near.v, far.v)):
+            found, wanted = hot_part[places, heads], part[pages, heads]
+            assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))  # NaN is equal
 
-    def scarce(update: ResidenceUpdate) -> None:
-        start(update)
-        if next(numbers) % 5 == 4:
-            raise RuntimeError("can't allocate memory")
 
-    mover.start = scarce
-    failed: dict[str, str] = {}
-    found = run(engine, requests, failed=failed)
+def check_failures(engine: Engine, expected: dict[str, list[int]]) -> None:
+    """Some requests of an engine whose steps break off fail, and nobody is told anything wrong."""
+    step, failed = engine.step, {}
+
+    def stubborn(now: float) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        with contextlib.suppress(KeyboardInterrupt):
+            outputs = step(now)
+        check_hot_pages(engine)
+        return outputs
+
+    engine.step = stubborn  # type: ignore[method-assign]
+    found = run(engine, make_requests(24, seed=1), failed=failed)
     assert 0 < len(failed) < 24
-    assert set(failed.values()) == {OUT_OF_MEMORY}
+    assert set(failed.values()) <= {OUT_OF_MEMORY, STEP_FAILED}
     for request_id, tokens in found.items():
         whole = len(tokens) if request_id in failed else None
         assert tokens == expected[request_id][:whole]
+
+
+NO_MEMORY = RuntimeError("can't allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [("start", NO_MEMORY), ("_queue_or_lose", MemoryError()), ("_queue_or_lose", ValueError())],
+    ids=["around-copies", "between-copies", "fault-between-copies"],
+)
+def test_what_a_failed_step_did_not_do_of_its_pages_is_done_before_the_next(
+    folder: Path, resident: dict[str, list[int]], where: str, error: Exception
+) -> None:
+    engine = tiered(folder)
+    runner: Any = engine._runner
+    mover = runner._runner.tier._mover
+    setattr(mover, where, Breaking(getattr(mover, where), error, every=7))
+    check_failures(engine, resident)
+
+
+@pytest.mark.parametrize("error", [NO_MEMORY, KeyboardInterrupt()], ids=["no-memory", "ctrl-c"])
+def test_a_page_that_a_failed_step_was_bringing_in_is_not_taken_to_be_there(
+    folder: Path,
+    resident: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    monkeypatch.setattr(block_copy, "_copy", Breaking(block_copy._copy, error, every=61))
+    check_failures(tiered(folder), resident)
 
 
 def test_nothing_moves_where_everything_fits(folder: Path) -> None:

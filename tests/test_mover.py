@@ -3,6 +3,7 @@
 import mmap
 import random
 import threading
+from collections import deque
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nsa_serve.memory.layout import KVLayout
 from nsa_serve.memory.mover import BlockMover, merged
 from nsa_serve.memory.tier import HostTier
 from nsa_serve.schedule.plan import BlockMove, ResidenceUpdate
+from tests.tiered_engine import Breaking
 
 LAYOUT = KVLayout(
     num_layers=3, num_kv_heads=2, head_dim_k=8, head_dim_v=4, page=16, entries_per_page=4,
@@ -79,8 +81,8 @@ def test_bytes_and_copies_are_counted_by_direction():
     pool, host = pools()
     mover = BlockMover(pool, host, SameLane(), slab=3)
     out = [move(0, 5, 8), move(1, 2, 9), move(2, 3, 10)]
-    mover.start(ResidenceUpdate(out, [], True))
-    mover.start(ResidenceUpdate([move(1, 9, 0, True)], [(1, 0)], True))
+    mover.start(deque(out), [])
+    mover.start(deque([move(1, 9, 0, True)]), [(1, 0)])
     assert mover.counts[False].num_transfers == 1
     assert mover.counts[False].num_bytes == 3 * LAYOUT.bytes_per_slot
     assert mover.counts[True].num_bytes == LAYOUT.bytes_per_slot
@@ -91,12 +93,36 @@ def test_pages_copied_ahead_of_need_are_waited_for_only_when_they_are_read_there
     lane = LateLane()
     mover = BlockMover(pool, host, lane, slab=3)
     pool.pages[:3] = torch.arange(3.0)[:, None]
-    mover.start(ResidenceUpdate([move(i, i, 8 + 2 * i) for i in range(3)], [], False))
+    mover.start(deque(move(i, i, 8 + 2 * i) for i in range(3)), [])
     assert len(lane.waiting) == 3
-    mover.start(ResidenceUpdate([], [(1, 10)], True))
+    mover.start(deque(), [(1, 10)])
     assert len(lane.waiting) == 1
     assert (host.pages[2] == 1).all()
     assert host.pages[4].isnan().all()
+
+
+def test_moves_that_were_broken_off_go_on_where_they_stood():
+    pool, host = pools()
+    tier = HostTier(pool, host, slab=3, num_hot=HOT)
+    pool.pages[:2] = torch.arange(2.0)[:, None]
+    first = PAGES + HOT
+    # Pages 0 and 1 change places by way of the host: whichever copy came twice would undo another.
+    turn = [move(0, 0, first), move(1, 1, first + 3), move(0, first, 1, True)]
+    turn += [move(1, first + 3, 0, True), move(1, 0, first), move(1, first, 2, True)]
+    tier.note(ResidenceUpdate(turn, [(0, 1), (1, 2)], True))
+    queue = Breaking(tier._mover._queue_or_lose, MemoryError(), every=2)
+    tier._mover._queue_or_lose = queue
+    num_failures = 0
+    while tier._due:
+        try:
+            tier.catch_up()
+        except MemoryError:
+            num_failures += 1
+            assert pool.slot_table[:2].tolist() == [-1, -1]
+    assert num_failures > 2
+    assert pool.slot_table[:2].tolist() == [1, 2]
+    assert (pool.pages[1] == 0).all()
+    assert (pool.pages[2] == 1).all()
 
 
 def content(block_id: int, version: int) -> torch.Tensor:
@@ -141,7 +167,8 @@ def test_every_page_keeps_its_bytes_through_random_moves_that_come_late(seed):
         books.check()
         update = books.take_update()
         moved += len(update.moves)
-        tier.apply(update)
+        tier.note(update)
+        tier.catch_up()
         for block_id in written:  # the step computes them
             if block_id in versions:
                 pool.pages[books.slot(block_id)] = content(block_id, versions[block_id])

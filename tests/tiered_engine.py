@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,20 @@ def run(
         engine.check()
         now += 1.0
     return outputs
+
+
+class Breaking:
+    """A call that is broken off now and then: before it does anything, or when it is done."""
+
+    def __init__(self, call: Callable[..., Any], error: BaseException, every: int) -> None:
+        self._call, self._error, self._every = call, error, every
+        self._numbers = itertools.count(1)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        number = next(self._numbers)
+        if number % (2 * self._every) == self._every:
+            raise self._error
+        found = self._call(*args, **options)
+        if number % (2 * self._every) == 0:
+            raise self._error
+        return found

@@ -94,16 +94,12 @@ class DiskTier:
         if not pages or not self.store.is_writing:
             return
         try:
-            copies, done = self._copied(pages)
+            self._queue(pages)
         except torch.AcceleratorError:
             raise  # the device is lost, and all pages with it
         except (RuntimeError, MemoryError):
-            logger.exception("%d pages could not be copied for the disk", len(pages))
+            logger.exception("%d pages could not be queued for the disk", len(pages))
             self.store.counts.dropped_pages += len(pages)
-            return
-        with self._changed:
-            self._num_queued += len(pages)
-        self._writer.submit(self._write, [page.digest for page in pages], copies, done)
 
     def load(self, arriving: Sequence[PageAt]) -> None:
         """Put pages that are at hand into their places; those of ``take_lost`` are not there."""
@@ -170,6 +166,13 @@ class DiskTier:
         if not entry.num_wanted:
             del self._at_hand[digest]
         return entry.page
+
+    def _queue(self, pages: Sequence[PageAt]) -> None:
+        copies, done = self._copied(pages)
+        digests = [page.digest for page in pages]
+        with self._changed:
+            self._writer.submit(self._write, digests, copies, done)  # no thread may be to be had
+            self._num_queued += len(pages)
 
     def _write(self, digests: list[bytes], copies: Tensor, done: torch.cuda.Event | None) -> None:
         """On the writer's thread."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from ..schedule.plan import BlockMove, ResidenceUpdate
+from ..schedule.plan import BlockMove
 from .copy_lane import CopyLane
 from .device_pool import DevicePool
 from .host_pool import HostPool
@@ -43,16 +44,22 @@ class BlockMover:
         self._numbers: dict[int, int] = {}  # target slot -> its last copy
         self.lost: list[int] = []  # blocks whose copies failed
 
-    def start(self, update: ResidenceUpdate) -> None:
-        """Queue the moves, and make computation wait for those that it depends on."""
+    def start(self, moves: deque[BlockMove], slots: Sequence[tuple[int, int]]) -> None:
+        """Queue the ``moves``, and make computation wait for those that it depends on.
+
+        ``slots`` are (block id, where it is read from now on). A move that is queued is taken out
+        of ``moves``; of a run that is interrupted all may be queued once more, which harms nothing.
+        """
         awaited = 0
-        for run in merged(update.moves, len(self._slab), self._first_host):
+        for run in merged(tuple(moves), len(self._slab), self._first_host):
             number = self._queue_or_lose(run)
             if run[0].to_device:
                 awaited = number
             for move in run:
                 self._numbers[move.target_slot] = number
-        for _, slot in update.slots:
+            for _ in run:
+                moves.popleft()
+        for _, slot in slots:
             awaited = max(awaited, self._numbers.get(slot, 0))
         if awaited:
             self._lane.join(awaited)

@@ -51,15 +51,16 @@ class SelectionPrefetcher:
         self._order = self._full(0, *tables, num_hot)
         self._clock = self._full(0, 1)
         self.counts = self._full(0, 5, dtype=torch.int64)  # as of ``HotBlocks``
-        owners, early = self._full(-1, *tables, num_hot), self._full(0, *tables, num_hot)
+        self._owners = self._full(-1, *tables, num_hot)
+        self._early = self._full(0, *tables, num_hot)
         claims, victims, fetched, num_fetched = self._scratch(heads, pool.num_blocks)
         self._layers = [
             HotBlocks(
                 first_slot=pool.num_slots - num_hot,
-                owners=owners[layer],
+                owners=self._owners[layer],
                 places=self._places[layer],
                 last_used=self._last_used[layer],
-                early=early[layer],
+                early=self._early[layer],
                 order=self._order[layer],
                 clock=self._clock,
                 claims=claims,
@@ -87,6 +88,16 @@ class SelectionPrefetcher:
     def forget(self, block_ids: torch.Tensor) -> None:
         """The blocks [m] int64 hold other tokens now, or lie elsewhere."""
         self._places.index_fill_(2, block_ids, -1)
+
+    def clear(self) -> None:
+        """No block is hot. Nothing may be under way."""
+        self._in_use.clear()
+        for table in (self._places, self._owners):
+            table.fill_(-1)
+        self._last_used.fill_(NEVER)
+        self._early.zero_()
+        for hot in (self._layers[0], self._layers_ahead[0]):  # all layers share their scratch
+            hot.claims.fill_(UNCLAIMED)
 
     def ensure_resident(
         self, batch: StepBatch, layer: int, selection: torch.Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 from ..kernels.dispatch import ops_for
 from ..kernels.shapes import StepBatch
 from ..models.step import StepInputs
-from ..schedule.plan import ResidenceUpdate, TierReport
+from ..schedule.plan import BlockMove, ResidenceUpdate, TierReport
 from .copy_lane import CopyLane, SameLane, SideLane
 from .device_pool import DevicePool
 from .host_pool import HostPool
@@ -34,6 +35,14 @@ class BatchAhead:
 
     def finish(self) -> None:
         self.prefetcher.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """What is still to be done of an update: its moves are taken out as they are queued."""
+
+    moves: deque[BlockMove]
+    slots: list[tuple[int, int]]
 
 
 class HostTier:
@@ -65,24 +74,38 @@ class HostTier:
             pool.layout.num_layers * pool.layout.num_kv_heads
         )
         pool.slot_table.fill_(-1)
-        self._due: dict[int, int] = {}  # slots by block that the table doesn't have yet
+        self._due: deque[_Due] = deque()  # oldest first
 
-    def apply(self, update: ResidenceUpdate) -> None:
-        """Queue the copies of an update and change the slot table, before the step's kernels.
+    def note(self, update: ResidenceUpdate) -> None:
+        """An update is due. The books have it done already, so whatever fails it has to come."""
+        self._due.append(_Due(deque(update.moves), update.slots))
 
-        Where that fails for want of memory, the next call changes the table for both.
+    def catch_up(self, num_left: int = 0) -> None:
+        """Queue the copies of what is due and change the slot table, before the step's kernels.
+
+        The newest ``num_left`` updates stay due. Where this fails, the next call goes on with what
+        is left: the moves of an update are right only in their order, and only once.
         """
-        self._due.update(update.slots)
-        self._mover.start(update)
-        if not self._due:
+        while len(self._due) > num_left:
+            self._apply(self._due[0])
+            self._due.popleft()
+
+    def _apply(self, due: _Due) -> None:
+        self._mover.start(due.moves, due.slots)
+        if not due.slots:
             return
-        packed = torch.from_numpy(np.array(list(self._due.items()), np.int64).T.copy())
+        packed = torch.from_numpy(np.array(due.slots, np.int64).T.copy())
         if self.pool.device.type == "cuda":
             packed = packed.pin_memory().to(self.pool.device, non_blocking=True)
         block_ids, slots = packed
         self.pool.slot_table.index_copy_(0, block_ids, slots.int())
         self.prefetcher.forget(block_ids)
-        self._due.clear()
+
+    def forget_hot(self) -> None:
+        """A step failed on its way: a hot block may be listed whose page was never brought in."""
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize(self.pool.device)
+        self.prefetcher.clear()
 
     def serve(self, inputs: StepInputs) -> StepInputs:
         """``inputs`` of a step whose pages may lie in host memory."""

@@ -18,7 +18,6 @@ from ..models.weight_stream import WeightStream
 from ..request import TokenTrace
 from ..schedule.plan import (
     DiskReport,
-    ResidenceUpdate,
     SampledToken,
     ScheduledChunk,
     StepPlan,
@@ -153,6 +152,14 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Queue a step on the device; on the CPU, run it."""
+        try:
+            return self._launch(plan)
+        except BaseException:  # steps go on after Ctrl-C as well
+            if self.tier is not None:
+                self.tier.forget_hot()
+            raise
+
+    def _launch(self, plan: StepPlan) -> PendingStep:
         self._move_pages(plan)
         self._change_rows(plan)
         if not plan.chunks:
@@ -184,20 +191,24 @@ class ModelRunner:
 
     def _move_pages(self, plan: StepPlan) -> None:
         """What leaves is saved before anything moves, what comes is put where room was made."""
-        if self.disk is not None and plan.departing:
-            self.disk.save(plan.departing)
-        if self.tier is not None and plan.residence is not None:
-            self._apply_residence(self.tier, plan, plan.residence)
-        if self.disk is not None and plan.arriving:
-            self.disk.load(plan.arriving)
-
-    def _apply_residence(self, tier: HostTier, plan: StepPlan, update: ResidenceUpdate) -> None:
         try:
-            tier.apply(update)
-        except Exception:
+            self._make_room(plan)
+        except BaseException:
             if self.disk is not None:  # its pages have no place, and nobody comes for them again
                 self.disk.discard([page.digest for page in plan.arriving])
             raise
+        if self.disk is not None and plan.arriving:
+            self.disk.load(plan.arriving)
+
+    def _make_room(self, plan: StepPlan) -> None:
+        tier = self.tier
+        if tier is not None and plan.residence is not None:
+            tier.note(plan.residence)
+            tier.catch_up(num_left=1)  # of a step that failed: what leaves lies where that put it
+        if self.disk is not None and plan.departing:
+            self.disk.save(plan.departing)
+        if tier is not None:
+            tier.catch_up()
 
     def _take_lost(self) -> tuple[int, ...]:
         moved = () if self.tier is None else self.tier.take_lost()
