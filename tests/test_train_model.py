@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,10 +16,13 @@ from nsa_serve.kernels.training.attention import compress_keys
 from nsa_serve.kernels.training.packed import PackedBatch
 from nsa_serve.models.adapter import merge
 from nsa_serve.models.checkpoint import LowRank, resolve
+from nsa_serve.models.config import RopeConfig
 from nsa_serve.models.decoder import Decoder
 from nsa_serve.models.families import model_config
 from nsa_serve.models.loader import parameter_shapes
+from nsa_serve.models.rope import inverse_frequencies
 from nsa_serve.train.adapter import Adapter, AdapterConfig, adapter_shapes, grown_config
+from nsa_serve.train.grow import grown_rope
 from nsa_serve.train.head_loss import head_loss
 from nsa_serve.train.importance import ImportanceLoss, Probe, probe_loss
 from nsa_serve.train.row_ops import RowOps
@@ -306,3 +310,15 @@ def test_bf16_training_is_fp32_training_but_for_rounding(base, source):
     for name in ("loss", "text", "answer", "teacher"):
         one, other = (float(getattr(losses, name).detach()) for losses in found)
         assert one == pytest.approx(other, rel=0.05), name
+
+
+def test_the_stretched_rotary_embedding_leaves_what_turns_often_and_sharpens_nothing(base):
+    config = replace(open_model(base)[1], rope=RopeConfig(theta=100_000.0), max_position=8192)
+    ours, scale = inverse_frequencies(grown_rope(config, 65_536, None), 64, 65_536)
+    theirs, _ = inverse_frequencies(config.rope, 64, 8192)
+    assert scale == 1.0
+    turns = 8192 * theirs / (2 * math.pi)
+    assert torch.equal(ours[turns > 8], theirs[turns > 8])
+    assert int((turns > 8).sum()) > 16
+    torch.testing.assert_close(ours[turns < 0.5], theirs[turns < 0.5] / 8)
+    assert int((turns < 0.5).sum()) > 4

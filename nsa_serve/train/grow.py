@@ -22,6 +22,7 @@ from .sequences import SequenceWriter
 from .trainer import LossWeights, Rates, Trainer
 
 CONTEXT = 65_536
+_TURNS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,9 @@ class Growth:
 def grown_rope(base: ModelConfig, context: int, theta: float | None) -> RopeConfig:
     """The rotary embedding of the grown model: yarn (arXiv 2309.00071), or a raised theta.
 
-    Raises ``ConfigError`` where the base is stretched already.
+    Without yarn's factor on queries and keys: it sharpens attention over ever more keys, and a
+    sparse query never reads more than it did. Angles that turn ``_TURNS`` times within the base's
+    context are left alone. Raises ``ConfigError`` where the base is stretched already.
     """
     if base.rope.kind != "default":
         raise ConfigError(f"the base's rotary embedding is stretched already: {base.rope.kind}")
@@ -49,7 +52,11 @@ def grown_rope(base: ModelConfig, context: int, theta: float | None) -> RopeConf
         kind="yarn",
         rotary_dim=base.rope.rotary_dim,
         original_max_position=base.max_position,
-        options={"factor": context / base.max_position},
+        options={
+            "factor": context / base.max_position,
+            "attention_factor": 1.0,
+            "beta_fast": _TURNS,
+        },
     )
 
 
