@@ -319,6 +319,6 @@ def test_the_stretched_rotary_embedding_leaves_what_turns_often_and_sharpens_not
     assert scale == 1.0
     turns = 8192 * theirs / (2 * math.pi)
     assert torch.equal(ours[turns > 8], theirs[turns > 8])
-    assert int((turns > 8).sum()) > 16
+    assert int((turns > 8).sum()) > 12
     torch.testing.assert_close(ours[turns < 0.5], theirs[turns < 0.5] / 8)
     assert int((turns < 0.5).sum()) > 4
