@@ -92,7 +92,7 @@ def _swiglu_product_kernel(
         x = tl.load(x_at + at, mask=in_rows[:, None], other=0.0)
         gate = tl.dot(tl.load(gate_at + at), x.T, gate, input_precision="ieee")
         up = tl.dot(tl.load(up_at + at), x.T, up, input_precision="ieee")
-    halved = gate * tl.sigmoid(gate) * up
+    activated = gate * tl.sigmoid(gate) * up
     to = out_ptr + rows.to(tl.int64)[None, :] * I + columns[:, None]
     inside = (columns < I)[:, None] & in_rows[None, :]
-    tl.store(to, halved.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(to, activated.to(out_ptr.dtype.element_ty), mask=inside)

@@ -55,12 +55,6 @@ def compressed_attention(
         return None, every_block(batch, heads, nsa)
     if batch.uniform or (q.shape[0] == 1 and int(batch.positions[0]) >= 0):
         return _one_by_one(q, compressed, batch, nsa, with_output, ranked)
-    step = _tokens_per_pass(q, batch.max_context_len, nsa)
-    if short_tokens(batch) is None and q.shape[0] <= step:
-        out, scores = _by_token(
-            q, compressed, batch, batch.positions, batch.token_rows, nsa, with_output
-        )
-        return out, _choose(scores, batch.positions, heads, nsa, ranked)
     return _in_passes(q, compressed, batch, nsa, with_output, ranked)
 
 
@@ -75,6 +69,11 @@ def _in_passes(
     """Tokens of short rows by so many at a time, then each long row."""
     tokens, heads = short_tokens(batch), compressed.k.shape[1]
     step = _tokens_per_pass(q, batch.max_context_len, nsa)
+    if tokens is None and q.shape[0] <= step:
+        attended, scores = _by_token(
+            q, compressed, batch, batch.positions, batch.token_rows, nsa, with_output
+        )
+        return attended, _choose(scores, batch.positions, heads, nsa, ranked)
     out = q.new_zeros(q.shape[0], q.shape[1], compressed.v.shape[3]) if with_output else None
     selection = first_blocks(batch.positions, heads, nsa)
     if tokens is None:
