@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..config import GIB
 from ..errors import ConfigError
-
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ _KNOWN = {
     "RTX-4090": (23, 1008),
     "RTX-3090": (23, 936),
 }
-CARDS = tuple(Card(name, gib * _GIB, rate * 1e9) for name, (gib, rate) in _KNOWN.items())
+CARDS = tuple(Card(name, gib * GIB, rate * 1e9) for name, (gib, rate) in _KNOWN.items())
 
 
 def card_named(name: str) -> Card:

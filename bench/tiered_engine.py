@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..config import GIB
 from ..stats import TierReport
 from .engine_run import BenchEngine
 from .latency import decode_steps
@@ -24,7 +25,6 @@ from .replay import SelectionReplay
 KEPT = (0.99, 0.95, 0.90, 0.85)
 _WARMUP = 12  # steps after a change of the overlap: the hot blocks follow it
 _ROOM = 512  # tokens behind a context, for warm-up and timed steps
-_GIB = 1 << 30
 
 app = typer.Typer(no_args_is_help=True, help="The host tier under a whole engine.")
 
@@ -140,7 +140,7 @@ def idle(
     device: Device = "auto",
     streams: Streams = 8,
     context: Context = 65536,
-    cache: Cache = 24 * _GIB,
+    cache: Cache = 24 * GIB,
     host: Host = 4.0,
     budget: Budget = None,
     turns: Annotated[int, typer.Option(help="Times that both are measured, in turn.")] = 3,
@@ -150,7 +150,7 @@ def idle(
              "max_model_len": context + _ROOM, "max_num_batched_tokens": budget}  # fmt: skip
     engines = {
         "without": start(shape, **flags),
-        "with": start(shape, **flags, kv_host_memory_bytes=int(host * _GIB)),
+        "with": start(shape, **flags, kv_host_memory_bytes=int(host * GIB)),
     }
     found: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(turns):
@@ -183,7 +183,7 @@ def rates(
 ) -> None:
     """Decode throughput by hit rate, and the rates of the copies that brought the pages there."""
     bench = start(
-        shape, device=device, kv_cache_memory_bytes=cache, kv_host_memory_bytes=int(host * _GIB),
+        shape, device=device, kv_cache_memory_bytes=cache, kv_host_memory_bytes=int(host * GIB),
         max_num_seqs=max_num_seqs or streams, max_model_len=context + _ROOM,
         max_num_batched_tokens=budget, kv_runners_up=kv_runners_up,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def oversubscribed(
              "max_model_len": context + _ROOM, "max_num_batched_tokens": budget}  # fmt: skip
     found = {}
     for name, count, more in (
-        ("with", streams, {"kv_host_memory_bytes": int(host * _GIB)}),
+        ("with", streams, {"kv_host_memory_bytes": int(host * GIB)}),
         ("without", min(few, streams), {}),
     ):
         bench = start(shape, **flags, **more)
@@ -267,7 +267,7 @@ def ttft(
 ) -> None:
     """Time to the first token of a prompt that the device's cache does not hold, computed."""
     bench = start(
-        shape, device=device, kv_cache_memory_bytes=cache, kv_host_memory_bytes=int(host * _GIB),
+        shape, device=device, kv_cache_memory_bytes=cache, kv_host_memory_bytes=int(host * GIB),
         max_num_seqs=16, max_model_len=context + _ROOM,
         max_num_batched_tokens=budget,
     )  # fmt: skip

@@ -82,6 +82,11 @@ class MicroBatch:
     def longest(self) -> int:
         return max(self.seq_lens)
 
+    @property
+    def texts(self) -> Tensor:
+        """[R] bool: text that is learnt, and nobody's answer."""
+        return self.graded & ~self.answers & ~self.spoken
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``, copied while the host goes on."""
 

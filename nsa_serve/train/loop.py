@@ -17,7 +17,7 @@ import torch
 from ..models.checkpoint import AdapterBase
 from .batches import BatchSource, MicroBatch, prefetched
 from .schedule import Budget, rate
-from .storage import RunState, load_checkpoint, save_adapter, save_checkpoint
+from .storage import RunState, load_checkpoint, save_adapter, save_checkpoint, write_atomically
 from .trainer import LOSS_NAMES, Trainer
 
 Tensor = torch.Tensor
@@ -176,9 +176,7 @@ def _trim_log(path: Path, step: int) -> None:
         return
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    write_atomically(path, "".join(kept))
 
 
 def _rounded(value: float) -> float | None:

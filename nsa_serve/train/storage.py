@@ -48,7 +48,7 @@ def save_adapter(
         "files": files,
         "training": dict(training),
     }
-    _write_atomically(folder / ADAPTER, json.dumps(description, indent=1))
+    write_atomically(folder / ADAPTER, json.dumps(description, indent=1))
     return sum((folder / name).stat().st_size for name in (*files, ADAPTER))
 
 
@@ -110,7 +110,7 @@ def save_checkpoint(
         "step": state.step, "num_tokens": state.num_tokens, "seconds": state.seconds,
         "files": files,
     }  # fmt: skip
-    _write_atomically(folder / "state.json", json.dumps(record))
+    write_atomically(folder / "state.json", json.dumps(record))
     for old in folder.glob("step*.safetensors*"):  # also what a kill left unfinished
         if old.name not in files:
             old.unlink()
@@ -174,7 +174,8 @@ def _write_shards(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> lis
     return names
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """All of ``text`` or what was there before, whenever the process ends."""
     part = path.with_suffix(".part")
     part.write_text(text)
     os.replace(part, path)

@@ -170,7 +170,7 @@ class Trainer:
         """Weights [R] fp32 of each token's cross-entropy and of its divergence."""
         answers = batch.answers.float()
         spoken = batch.spoken.float()
-        texts = (batch.graded & ~batch.answers & ~batch.spoken).float()
+        texts = batch.texts.float()
         ce = self.weights.text * texts / texts.sum().clamp(min=1)
         ce = ce + self.weights.answer * answers / answers.sum().clamp(min=1)
         ce = ce + self.weights.spoken * spoken / spoken.sum().clamp(min=1)
@@ -212,12 +212,11 @@ def _unstacked(
 def _summary(
     loss: Tensor, tokens: TokenLosses, batch: MicroBatch, importance: ImportanceLoss | None
 ) -> StepLosses:
-    texts = batch.graded & ~batch.answers & ~batch.spoken
     others = batch.taught & ~batch.answers & ~batch.spoken
     nothing = loss.new_full((), torch.nan)
     return StepLosses(
         loss=loss,
-        text=_mean(tokens.entropy, texts),
+        text=_mean(tokens.entropy, batch.texts),
         answer=_mean(tokens.entropy, batch.answers),
         answers_right=_mean(tokens.right, batch.answers),
         teacher=_mean(tokens.divergence, others),
