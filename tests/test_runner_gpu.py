@@ -22,7 +22,7 @@ from .test_sampling import settings_of
 pytestmark = pytest.mark.gpu
 
 NSA = NSAConfig(shape=NSAShape(num_selected=4, window=128))
-CONFIG = ModelConfig("llama", 512, 256, 2, 8, 2, 64, 64, 512, max_position=1024, nsa=NSA)
+CONFIG = ModelConfig("llama", 512, 256, 2, 8, 2, 64, 64, 512, max_position=4096, nsa=NSA)
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,14 @@ def decoder() -> Decoder:
     return Decoder(CONFIG, weights)
 
 
-def driver_of(decoder: Decoder, *, use_graphs: bool) -> Driver:
+def driver_of(decoder: Decoder, *, use_graphs: bool, max_model_len: int = 1024) -> Driver:
     return build_driver(
         decoder,
         KVLayout.of(CONFIG, torch.bfloat16),
         vocab_size=512,
         num_blocks=128,
-        max_tokens=1024,
-        max_model_len=1024,
+        max_tokens=max_model_len,
+        max_model_len=max_model_len,
         device="cuda",
         use_graphs=use_graphs,
     )
@@ -99,6 +99,18 @@ def test_a_graph_captured_at_a_short_context_serves_a_long_one(decoder):
     eager.finish_prompt(1)
     eager.generate([1], 20)
     assert driver.rows[1].output == eager.rows[1].output
+
+
+def test_text_goes_on_where_a_context_outgrows_its_graph(decoder):
+    outputs = []
+    for graphs in (True, False):
+        driver = driver_of(decoder, use_graphs=graphs, max_model_len=4096)
+        for row, length in enumerate((2030, 40)):
+            driver.add(row, prompt_of(length, row))
+            driver.finish_prompt(row)
+        driver.generate([0, 1], 40)
+        outputs.append([driver.rows[row].output for row in range(2)])
+    assert outputs[0] == outputs[1]
 
 
 def test_noise_has_the_same_bits_on_both_devices():

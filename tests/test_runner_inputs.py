@@ -1,5 +1,7 @@
 """From plans to step tensors: exact numbers, lasting tables, padding, tokens on the device."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from nsa_serve.memory.device_pool import DevicePool
 from nsa_serve.memory.layout import KVLayout
 from nsa_serve.request import SamplingParams
-from nsa_serve.runner.graphs import GRAPH_SIZES, padded_sizes
+from nsa_serve.runner.graphs import GRAPH_SIZES, padded_sizes, reaches
 from nsa_serve.runner.inputs import StepBuffers, TokenSpan
 from nsa_serve.runner.staging import Staging, StepSizes
 from nsa_serve.schedule.plan import RowStart, ScheduledChunk, StepPlan
@@ -50,7 +52,7 @@ def stage(buffers, plan, *, spans=(), padded_rows=None):
         array.view(np.uint8)[:] = 0xA5  # what is not written shows
     shape = buffers.fill(host, sizes, plan.chunks, list(spans))
     fields = buffers.staging.send(sizes)
-    return buffers.inputs(fields, shape, whole_table=padded_rows is not None)
+    return buffers.inputs(fields, shape, reach=buffers.max_model_len if padded_rows else None)
 
 
 def test_a_mixed_step_has_the_tensors_of_its_plan(buffers):
@@ -187,3 +189,13 @@ def test_a_graph_size_holds_every_batch_up_to_the_largest(max_rows):
     assert list(sizes) == sorted(set(sizes))
     assert len(sizes) <= 20
     assert sizes[-1] == min(max_rows, GRAPH_SIZES[-1])
+
+
+@given(st.integers(1, 1 << 21))
+def test_some_graph_reaches_every_context_and_none_much_farther_than_it_must(max_model_len):
+    found = reaches(max_model_len)
+    assert list(found) == sorted(set(found))
+    assert found[-1] == max_model_len
+    assert len(found) <= 6
+    assert found[0] <= 2048
+    assert all(after <= 4 * before for before, after in pairwise(found))

@@ -216,7 +216,8 @@ class EagerGraphs:
     def run(self, fields, shape):
         self.num_runs += 1
         shape = replace(shape, from_device=True)
-        inputs = self.runner.buffers.inputs(fields, shape, whole_table=True)
+        buffers = self.runner.buffers
+        inputs = buffers.inputs(fields, shape, reach=buffers.max_model_len)
         return self.runner._forward_all(inputs)
 
 

@@ -137,9 +137,9 @@ class StepBuffers:
             sizes, int(lengths.max()), int(contexts.max()), row_lens, from_device=from_device
         )
 
-    def inputs(self, fields: Tensors, shape: StepShape, *, whole_table: bool = False) -> StepInputs:
-        """The forward pass's record. ``whole_table``: all columns, so that any context fits."""
-        context = self.max_model_len if whole_table else shape.max_context_len
+    def inputs(self, fields: Tensors, shape: StepShape, *, reach: int | None = None) -> StepInputs:
+        """The forward pass's record. ``reach``: for any contexts of up to so many tokens."""
+        context = shape.max_context_len if reach is None else reach
         columns = self.pool.layout.num_pages(context)
         blocks = self.block_table[:, :columns].index_select(0, fields["table_rows"])
         token_ids = fields["token_ids"]
@@ -155,7 +155,7 @@ class StepBuffers:
             slot_table=self.pool.slots_of(blocks),
             max_query_len=shape.max_query_len,
             max_context_len=context,
-            row_lens=None if whole_table else shape.row_lens,
+            row_lens=shape.row_lens if reach is None else None,
             uniform=self.uniform,
         )
         inputs = StepInputs(
