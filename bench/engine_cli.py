@@ -78,6 +78,12 @@ def kernels(
         ],
     )  # fmt: skip
     record = {**_conditions(ceilings), "shape": asdict(shape), "nsa": asdict(nsa)}
+    save_json(result_dir / "kernels.json", {**record, "rows": [row.record() for row in rows]})
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row.phase == "prefill":
+            lines[row.name].append((row.context_len, row.timing.median))
+    save_plot(result_dir / "kernels_prefill.png", "Prefill, one layer", "ms", lines)
     longest = max(length or room.PREFILL_LENGTHS)
     spreads = sm_spread.measure(longest)
     if spreads:
@@ -86,16 +92,8 @@ def kernels(
             ("kernel", "most", "mean", "spread"),
             [(s.kernel, s.most, s.mean, s.share) for s in spreads],
         )
-    record |= {
-        "rows": [row.record() for row in rows],
-        "sm_spread": {"length": longest, "launches": [s.record() for s in spreads]},
-    }
-    save_json(result_dir / "kernels.json", record)
-    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for row in rows:
-        if row.phase == "prefill":
-            lines[row.name].append((row.context_len, row.timing.median))
-    save_plot(result_dir / "kernels_prefill.png", "Prefill, one layer", "ms", lines)
+        launches = [s.record() for s in spreads]
+        save_json(result_dir / "sm_spread.json", {**record, "length": longest, "rows": launches})
 
 
 @app.command()
