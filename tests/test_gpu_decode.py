@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa_serve.kernels import gpu, reference
 from nsa_serve.kernels.contracts import ContractError
+from nsa_serve.kernels.gpu import decode_compressed
 from nsa_serve.kernels.gpu.compressed_attention import compressed_attention
 from nsa_serve.kernels.gpu.context_splits import max_splits, split_size
 from nsa_serve.kernels.gpu.decode_compressed import TILES, decode_compressed_attention
@@ -63,6 +64,51 @@ def test_decode_sums_the_oracles_branches_by_gates_of_any_stride(
     out_compressed[case.num_real :] = 0
     out = sparse_attention(case.q, case.kv, selection, out_compressed, gates, case.batch, nsa=nsa)
     assert_rows(out, case, gated_sum_of(case, selection, out_compressed, gates))
+
+
+def short_step(heads: Heads, nsa: NSAShape, dtype: torch.dtype, seed: int = 0) -> Ragged:
+    """One new token a row, contexts at and beside borders, padding; few entries in all of them."""
+    borders = [nsa.compress_len, nsa.compress_len - 1, nsa.page, nsa.dense_len, nsa.dense_len + 1]
+    longest = 60 * nsa.compress_stride
+    lengths = [(length, 1) for length in (1, *borders, nsa.dense_len + nsa.page + 1, longest)]
+    return make_ragged(heads, nsa, lengths, seed, dtype=dtype, pad_tokens=2, pad_rows=1)
+
+
+@interpreted
+@pytest.mark.parametrize(("heads", "nsa", "dtype"), CASES)
+def test_short_contexts_are_the_oracles_in_one_launch(
+    heads: Heads, nsa: NSAShape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = short_step(heads, nsa, dtype)
+    monkeypatch.setattr(decode_compressed, "attend_splits", None)
+    out, selection = compressed_attention(case.q, case.compressed, case.batch, nsa=nsa)
+    assert_compressed(out, selection, case)
+
+
+@interpreted
+def test_one_launch_or_three_select_the_same_blocks() -> None:
+    case = short_step(*CASES[0])
+    arguments = (case.q, case.compressed, case.batch)
+    one = decode_compressed_attention(*arguments, nsa=case.nsa)
+    three = decode_compressed_attention(
+        *arguments, nsa=case.nsa, tiles=replace(TILES, short_entries=0)
+    )
+    assert one[0] is not None
+    torch.testing.assert_close(one[0], three[0])
+    assert torch.equal(one[1], three[1])
+    none, alone = decode_compressed_attention(*arguments, nsa=case.nsa, with_output=False)
+    assert none is None
+    assert torch.equal(alone, one[1])
+
+
+@interpreted
+def test_blocks_of_equal_scores_are_taken_from_the_first_on() -> None:
+    contexts = [SMALL.dense_len + 3 * SMALL.page]
+    step = make_step(contexts, [1], SMALL, seed=1)
+    compressed = CompressedKV(torch.zeros_like(step.compressed.k), step.compressed.v.nan_to_num())
+    _, selection = decode_compressed_attention(step.q, compressed, step.batch, nsa=SMALL)
+    last = (contexts[0] - 1) // SMALL.page
+    assert selection.tolist() == [[[0, 1, last - 1, last]] * 2]
 
 
 @interpreted
@@ -191,6 +237,29 @@ def test_decode_on_the_gpu_is_the_reference(
         dense_attention(step.q, step.kv, step.batch),
         reference.dense_attention(step.q, step.kv, step.batch),
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS[:4])
+@pytest.mark.parametrize("rows", [1, 130])
+def test_one_launch_or_three_agree_on_the_gpu(layout: tuple[int, int, int, int], rows: int) -> None:
+    hq, hkv, dk, dv = layout
+    contexts = [(1023, 1024, 1025, 1090, 1600, 2048, 31, 32, 48)[row % 9] for row in range(rows)]
+    step = make_step(
+        contexts, [1] * rows, NSA, hq=hq, hkv=hkv, dk=dk, dv=dv, dtype=torch.bfloat16,
+        device="cuda", padding=1,
+    )  # fmt: skip
+    arguments = (step.q, step.compressed, step.batch)
+    one, chosen = decode_compressed_attention(*arguments, nsa=NSA)
+    tiles = replace(TILES, short_entries=0)
+    three, wanted = decode_compressed_attention(*arguments, nsa=NSA, tiles=tiles)
+    assert one is not None
+    assert three is not None
+    assert_near(one, three)
+    assert (chosen != wanted).any(-1).float().mean() < 0.02
+    written = chosen[:-1]
+    assert (written.diff(dim=-1) > 0)[written[..., 1:] >= 0].all()
+    assert (chosen[-1] == -1).all()
 
 
 @pytest.mark.gpu

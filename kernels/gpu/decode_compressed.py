@@ -2,10 +2,12 @@
 
 Three launches. The first attends every split of the visible compressed entries (``decode_splits``).
 The second scores blocks and merges the splits, the third takes the top n (``decode_selection``).
+Where no context has more entries than a tile, one launch does it all (``decode_short``).
 
-Splits follow from a row's context alone, so a row's bytes do not depend on its neighbours. Which
-splits one program takes in turn follows from the whole batch and changes no byte. The grid is sized
-by host-side bounds: a captured graph serves any context up to them.
+Splits follow from a row's context alone, so a row's bytes do not depend on its neighbours, unless
+these decide that all are short. Which splits one program takes in turn follows from the whole batch
+and changes no byte. The grid is sized by host-side bounds: a captured graph serves any context up
+to them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from ..contracts import check
 from ..shapes import CompressedKV, NSAShape, StepBatch
 from .context_splits import LOG2_E, fitting_stages, max_splits, overlaps_launches
 from .decode_selection import score_and_merge, select_of_chunks, select_of_keys
+from .decode_short import attend_and_select
 from .decode_splits import attend_splits
 
 Tensor = torch.Tensor
@@ -43,6 +46,8 @@ class CompressedTiles:
     score_warps: int = 2
     select_blocks: int = 8192  # blocks ranked by one program
     select_warps: int = 4  # at least; one per 1,024 blocks
+    short_entries: int = 128  # of the longest context, up to which one launch does it all
+    short_warps: int = 4
     scratch_bytes: int = 512 << 20
 
 
@@ -239,6 +244,33 @@ def _launch_selection(
         )  # fmt: skip
 
 
+def _launch_short(
+    q: Tensor,
+    compressed: CompressedKV,
+    batch: StepBatch,
+    out: Tensor | None,
+    selection: Tensor,
+    plan: _Plan,
+    nsa: NSAShape,
+    tiles: CompressedTiles,
+) -> None:
+    k, v, dk = compressed.k, compressed.v, q.shape[2]
+    attend_and_select[plan.hkv, batch.num_tokens](
+        q, k, v, batch.positions, batch.token_rows, batch.block_table,
+        q if out is None else out, selection, LOG2_E / dk**0.5,
+        q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], batch.block_table.stride(0),
+        HQ=plan.hq, HKV=plan.hkv, DK=dk, DV=plan.dv,
+        DK_PAD=triton.next_power_of_2(dk), DV_PAD=triton.next_power_of_2(plan.dv),
+        ROWS=max(16, triton.next_power_of_2(plan.group)),
+        LEN=nsa.compress_len, STRIDE=nsa.compress_stride, PAGE=nsa.page,
+        SELECTED=nsa.num_selected, SELECTED_PAD=triton.next_power_of_2(nsa.num_selected),
+        INITIAL=nsa.num_initial, LOCAL=nsa.num_local,
+        ENTRIES=max(16, triton.next_power_of_2(plan.pages * nsa.entries_per_page)),
+        WITH_OUTPUT=out is not None, PDL=plan.pdl, launch_pdl=plan.pdl,
+        num_warps=tiles.short_warps,
+    )  # fmt: skip
+
+
 def decode_compressed_attention(
     q: Tensor,
     compressed: CompressedKV,
@@ -267,6 +299,10 @@ def decode_compressed_attention(
     check(triton.next_power_of_2(nsa.page) == nsa.page, "the page must be a power of two", nsa=nsa)
     out = q.new_empty((batch.num_tokens, plan.hq, plan.dv)) if with_output else None
     selection = q.new_empty((batch.num_tokens, hkv, nsa.num_selected), dtype=torch.int32)
+    most = min(plan.entries, tiles.short_entries)
+    if ranked is None and batch.max_query_len == 1 and plan.pages * per_page <= most:
+        _launch_short(q, compressed, batch, out, selection, plan, nsa, tiles)
+        return out, selection
     lists = [selection] if ranked is None else [selection, ranked]
     scratch = _scratch(plan, q.device, lists[-1].shape[2], with_output)
     for first in range(0, batch.num_tokens, plan.tokens):
