@@ -119,6 +119,13 @@ def attend_and_select(
     k = tl.load(
         k_ptr + at[:, None] + dk[None, :], mask=held[:, None] & (dk < DK)[None, :], other=0.0
     )
+    if WITH_OUTPUT:
+        # Values are on their way while the keys are multiplied.
+        dv = tl.arange(0, DV_PAD)
+        at = block * stride_vn + head * stride_vh + slots % PER_PAGE * stride_ve
+        v = tl.load(
+            v_ptr + at[:, None] + dv[None, :], mask=held[:, None] & (dv < DV)[None, :], other=0.0
+        )
     scores = tl.dot(q, k.T, input_precision="ieee") * scale
     scores = tl.where(held[None, :], scores, float("-inf"))
     top = tl.max(scores, 1)
@@ -126,11 +133,6 @@ def attend_and_select(
     total = tl.sum(p, 1)
     share = 1.0 / tl.where(total > 0, total, 1.0)
     if WITH_OUTPUT:
-        dv = tl.arange(0, DV_PAD)
-        at = block * stride_vn + head * stride_vh + slots % PER_PAGE * stride_ve
-        v = tl.load(
-            v_ptr + at[:, None] + dv[None, :], mask=held[:, None] & (dv < DV)[None, :], other=0.0
-        )
         out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * share[:, None]
         out_at = (token.to(tl.int64) * HQ + heads)[:, None] * DV + dv[None, :]
         keep = live[:, None] & (dv < DV)[None, :]
