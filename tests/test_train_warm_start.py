@@ -21,7 +21,7 @@ from nsa_serve.train.loop import Run, RunPlan
 from nsa_serve.train.schedule import Budget, rate
 from nsa_serve.train.storage import save_adapter
 from nsa_serve.train.trainer import LossWeights, Rates, Trainer
-from nsa_serve.train.warm_start import warm_start
+from nsa_serve.train.warm_start import towards_base, warm_start
 
 from .adapters import digest
 from .checkpoints import (
@@ -106,6 +106,33 @@ def test_a_warm_start_takes_the_weights_and_the_records_of_earlier_runs(base_fil
     for name, tensor in adapter.tensors.items():
         for layer, row in enumerate(tensor):
             assert torch.equal(row, stored[f"layers.{layer}.{name}"].float()), name
+
+
+def test_an_adapter_on_the_way_to_its_base_adds_that_share_of_lora_and_keeps_gates_and_phi(
+    base_file, base, shipped, tmp_path
+):
+    written = towards_base(make_adapter(base_file), shipped, base, tmp_path / "half", 0.5)
+    assert written == sum(file.stat().st_size for file in (tmp_path / "half").iterdir())
+    half, whole = make_adapter(base_file), make_adapter(base_file)
+    *records, last = warm_start(half, tmp_path / "half", base)
+    assert last == {"lora_share": 0.5}
+    assert tuple(records) == warm_start(whole, shipped, base)
+    checkpoint, config = open_model(base_file)
+    weights = load_weights(checkpoint, config, device=CPU, dtype=torch.float32)
+    dense = stacked(weights, config.num_layers)
+    near, far = (adapter.merged(dense, torch.float32) for adapter in (half, whole))
+    for name, tensor in far.items():
+        plain = weights.get(name)
+        if plain is None or "lm_head" in name:
+            continue
+        rows = len(plain)  # gates follow q, k and v
+        torch.testing.assert_close(
+            near[name][:rows], (plain + tensor[:rows]) / 2, rtol=0, atol=1e-2
+        )
+        assert torch.equal(near[name][rows:], tensor[rows:]), name
+    for name, tensor in whole.tensors.items():
+        if not name.endswith("lora_b"):
+            assert torch.equal(half.tensors[name], tensor), name
 
 
 def test_a_run_goes_on_from_an_adapter_late_in_the_curriculum_and_tells_of_the_runs_before(

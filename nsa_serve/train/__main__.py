@@ -20,7 +20,7 @@ from .build_corpus import build_corpus
 from .corpus import Corpus
 from .dialogue_writer import hold_dialogues, summary
 from .dialogues import Dialogues
-from .grow import CONTEXT, Growth, build_source, build_trainer, open_base
+from .grow import CONTEXT, Growth, build_adapter, build_source, build_trainer, open_base
 from .loop import Run, RunPlan
 from .plot import plot_run
 from .prompts import draw_prompts, read_topics
@@ -28,7 +28,7 @@ from .schedule import Budget
 from .smoke import smoke
 from .step_zero import step_zero
 from .trainer import LossWeights, Rates, Trainer
-from .warm_start import warm_start
+from .warm_start import towards_base, warm_start
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Model = Annotated[str, typer.Option(help="a dense checkpoint; a path to a .gguf also serves")]
@@ -135,6 +135,25 @@ def run(
         print(json.dumps({"step_zero": step_zero(trainer, source.draw_texts(0, 0.0))}))
     Run(trainer, source, plan).go()
     plot_run(out / "log.jsonl", out / "curves.png")
+
+
+@app.command()
+def soften(
+    adapter: Annotated[Path, typer.Argument(help="a folder with adapter.json")],
+    out: Folder,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="of LoRA that stays: 0 is the base's weights")
+    ] = 0.5,
+    model: Model = EMBEDDED_MODEL,
+    context: Annotated[int, typer.Option(help="tokens that the grown model serves")] = CONTEXT,
+    theta: Annotated[float | None, typer.Option(help="as in the run")] = None,
+) -> None:
+    """Write an adapter between the base and a trained one: nearer to the base, it talks like it."""
+    growth = Growth(model=model, context=context, theta=theta)
+    dense, config = open_base(growth)
+    blank = build_adapter(growth, config, torch.device("cpu"))
+    size = towards_base(blank, adapter, dense, out, share)
+    print(f"{out}: {size / 1e6:.1f} MB, {share:.0%} of LoRA")
 
 
 @app.command()

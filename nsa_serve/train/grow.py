@@ -71,6 +71,13 @@ def open_base(growth: Growth) -> tuple[Checkpoint, ModelConfig]:
     return checkpoint, config
 
 
+def build_adapter(growth: Growth, base: ModelConfig, device: torch.device) -> Adapter:
+    """An adapter of the dense ``base`` that is yet to learn."""
+    rope = grown_rope(base, growth.context, growth.theta)
+    model = grown_config(base, rope, growth.context, growth.adapter)
+    return Adapter.create(model, growth.adapter, device=device, seed=growth.seed)
+
+
 def build_trainer(
     growth: Growth,
     *,
@@ -84,11 +91,8 @@ def build_trainer(
     """Base weights on ``device`` in fp32, and an adapter that is yet to learn."""
     checkpoint, config = open_base(growth)
     base = load_weights(checkpoint, config, device=device, dtype=torch.float32)
-    rope = grown_rope(config, growth.context, growth.theta)
-    model = grown_config(config, rope, growth.context, growth.adapter)
-    adapter = Adapter.create(model, growth.adapter, device=device, seed=growth.seed)
     return Trainer(
-        adapter,
+        build_adapter(growth, config, device),
         stacked(base, config.num_layers),
         config,
         dtype=dtype,

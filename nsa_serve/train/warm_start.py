@@ -1,4 +1,7 @@
-"""Going on from an adapter that is there: its weights, and the record of how it was made."""
+"""Going on from an adapter that is there, or part of the way back to its base.
+
+Its weights are taken, and the record of how it was made.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,20 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..models.checkpoint import ADAPTER, Checkpoint, LowRank, check_is_base, open_adapter
+from ..models.checkpoint import (
+    ADAPTER,
+    AdapterBase,
+    Checkpoint,
+    LowRank,
+    check_is_base,
+    open_adapter,
+)
 from ..models.config import ModelConfig
 from ..models.families import model_config
 from ..models.loader import load_adapter
 from ..models.safetensors_file import read_json
 from .adapter import Adapter
+from .storage import save_adapter
 
 Tensor = torch.Tensor
 
@@ -36,6 +47,22 @@ def warm_start(adapter: Adapter, folder: Path, base: Checkpoint) -> tuple[dict[s
     device = next(iter(adapter.tensors.values())).device
     _fill(adapter, load_adapter(checkpoint, adapter.model, device=device), folder)
     return earlier
+
+
+def towards_base(adapter: Adapter, folder: Path, base: Checkpoint, out: Path, share: float) -> int:
+    """Write to ``out`` the adapter in ``folder`` with ``share`` of what LoRA adds to the base.
+
+    The mean of a base's weights and of those trained from it keeps much of what either can do
+    (arXiv 2109.01903). Gates and φ stay, since the base has none. Returns the bytes written; raises
+    as ``warm_start`` does.
+    """
+    earlier = warm_start(adapter, folder, base)
+    with torch.no_grad():
+        for name, tensor in adapter.tensors.items():
+            if name.endswith("lora_b"):
+                tensor.mul_(share)
+    training = {"lora_share": share, "earlier": list(earlier)}
+    return save_adapter(out, adapter, base=AdapterBase.of(base), training=training)
 
 
 def _check_model(checkpoint: Checkpoint, found: ModelConfig, ours: ModelConfig) -> None:
