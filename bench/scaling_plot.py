@@ -59,6 +59,11 @@ def read_scaling(records: Sequence[dict[str, Any]]) -> Scaling:
     )
 
 
+def _length(tokens: float, _position: object = None) -> str:
+    """A power of two as people write it: 64k, 1M."""
+    return f"{tokens / 2**20:.0f}M" if tokens >= 2**20 else f"{tokens / 1024:.0f}k"
+
+
 @app.command()
 def draw(
     picture: Annotated[Path, typer.Argument(help="PNG to write.")],
@@ -78,6 +83,7 @@ def draw(
         if floor:
             axes.plot(*zip(*floor, strict=True), ":k", label="floor")
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(_length)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("context, tokens")
         axes.set_title(title)

@@ -111,6 +111,35 @@ def test_blocks_of_equal_scores_are_taken_from_the_first_on() -> None:
     assert selection.tolist() == [[[0, 1, last - 1, last]] * 2]
 
 
+def assert_unfinite_scores_stay_in_their_lists(bad: str, device: str) -> None:
+    contexts = [SMALL.dense_len + 3 * SMALL.page, 20]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    step = make_step(contexts, [1, 1], SMALL, seed=1, device=device, dtype=dtype)
+    q, compressed = step.q.clone(), CompressedKV(step.compressed.k.clone(), step.compressed.v)
+    if bad == "query":
+        q[0] = torch.nan
+    else:
+        compressed.k[step.batch.block_table[0, 2], :, 1, 0] = -torch.inf
+    _, selection = decode_compressed_attention(q, compressed, step.batch, nsa=SMALL)
+    for found in selection[0].tolist():
+        assert found == sorted(set(found))
+        assert {0, 5, 6} < set(found) <= set(range(7))
+    assert selection[1].tolist() == [[0, 1, -1, -1]] * 2
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", ["query", "key"])
+def test_scores_that_are_no_numbers_select_n_blocks_and_leave_others_alone(bad: str) -> None:
+    assert_unfinite_scores_stay_in_their_lists(bad, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", ["query", "key"])
+def test_scores_that_are_no_numbers_select_n_blocks_on_the_gpu(bad: str) -> None:
+    assert_unfinite_scores_stay_in_their_lists(bad, "cuda")
+
+
 @interpreted
 def test_a_smaller_scratch_decodes_to_the_same_bytes() -> None:
     case = decode_step(*CASES[0])

@@ -46,7 +46,8 @@ def _list_highest(
     """
     blocks = tl.arange(0, PAGES)
     forced = (blocks < INITIAL) | (blocks > current - LOCAL)
-    key = tl.where(forced, float("inf"), score)
+    # What is no number ranks as 0: whatever the scores, n blocks are taken, and the list ends there.
+    key = tl.where(forced, float("inf"), tl.where(score > 0, score, 0.0))
     key = tl.where(blocks <= current, key, -1.0)
     first = blocks[None, :] < blocks[:, None]
     ahead = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & first)
@@ -143,6 +144,6 @@ def attend_and_select(
         places = tl.arange(0, SELECTED_PAD)
         tl.store(to + places, tl.where(places <= current, places, -1), mask=places < SELECTED)
     else:
-        by_entry = tl.sum(p * tl.where(live, share, 0.0)[:, None], 0)
+        by_entry = tl.sum(tl.where(live[:, None], p * share[:, None], 0.0), 0)
         score = _scores_of_blocks(by_entry, slots, OVERLAP, PER_PAGE, ENTRIES // PER_PAGE)
         _list_highest(to, score, current, SELECTED, INITIAL, LOCAL, ENTRIES // PER_PAGE)

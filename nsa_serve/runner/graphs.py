@@ -89,7 +89,7 @@ def reaches(max_model_len: int) -> tuple[int, ...]:
     """Longest contexts of one batch size's graphs, ascending; the last is ``max_model_len``."""
     found = []
     reach = _SHORTEST_REACH
-    while reach < max_model_len:
+    while 2 * reach <= max_model_len:  # a graph for little more would be captured for nothing
         found.append(reach)
         reach *= _FARTHER
     return (*found, max_model_len)
