@@ -84,7 +84,7 @@ def draw(
             axes.plot(*zip(*floor, strict=True), ":k", label="floor")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(_length)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(value for _, value in measured))
         axes.set_xlabel("context, tokens")
         axes.set_title(title)
         axes.grid(visible=True, alpha=0.3)
