@@ -365,10 +365,12 @@ def test_the_loss_of_dialogues_is_divergence_and_a_little_cross_entropy(mixed, t
         taught = trainer.taught(batch)[batch.rows] @ trainer.head.T
         losses = trainer.losses(batch)
     entropy = F.cross_entropy(logits, batch.targets)
-    given, wanted = logits.log_softmax(-1), taught.log_softmax(-1)
-    divergence = F.kl_div(given, wanted, log_target=True, reduction="batchmean")
+    given, told = logits.log_softmax(-1), taught.log_softmax(-1)
+    divergence = F.kl_div(given, told, log_target=True, reduction="batchmean")
     assert float(losses.dialogue) == pytest.approx(float(divergence), rel=1e-4)
-    assert float(losses.loss) == pytest.approx(float(divergence + 0.1 * entropy), rel=1e-4)
+    wanted = trainer.weights.dialogue * divergence + trainer.weights.spoken * entropy
+    assert trainer.weights.spoken == pytest.approx(trainer.weights.dialogue / 10)
+    assert float(losses.loss) == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_attention_of_many_short_sequences_is_that_of_each(monkeypatch):

@@ -46,7 +46,7 @@ def _list_highest(
     """
     blocks = tl.arange(0, PAGES)
     forced = (blocks < INITIAL) | (blocks > current - LOCAL)
-    # What is no number ranks as 0: whatever the scores, n blocks are taken, and the list ends there.
+    # What is no number ranks as 0: n blocks are taken whatever the scores, so the list ends there.
     key = tl.where(forced, float("inf"), tl.where(score > 0, score, 0.0))
     key = tl.where(blocks <= current, key, -1.0)
     first = blocks[None, :] < blocks[:, None]

@@ -26,8 +26,11 @@ class LossWeights:
 
     text: float = 0.1  # cross-entropy beside the divergence: alone it makes another model of it
     answer: float = 1.0
-    spoken: float = 0.1  # cross-entropy beside the divergence: greedy answers should stay greedy
-    teacher: float = 1.0
+    teacher: float = 1.0  # divergence on text
+    # Of dialogues. Their gradients are a seventh of an exercise's, and AdamW, whose steps are
+    # measured by the larger ones, would let exercises alone decide.
+    dialogue: float = 6.0
+    spoken: float = 0.6  # cross-entropy beside that divergence: greedy answers should stay greedy
     importance: float = 1.0
 
 
@@ -175,8 +178,10 @@ class Trainer:
         ce = ce + self.weights.answer * answers / answers.sum().clamp(min=1)
         ce = ce + self.weights.spoken * spoken / spoken.sum().clamp(min=1)
         # On an exercise's answers the teacher is no authority: it misses some.
-        taught = (batch.taught & ~batch.answers).float()
-        return ce, self.weights.teacher * taught / taught.sum().clamp(min=1)
+        told = (batch.taught & batch.spoken).float()
+        taught = (batch.taught & ~batch.answers & ~batch.spoken).float()
+        kl = self.weights.teacher * taught / taught.sum().clamp(min=1)
+        return ce, kl + self.weights.dialogue * told / told.sum().clamp(min=1)
 
 
 def build_optimiser(adapter: Adapter, rates: Rates) -> torch.optim.AdamW:
