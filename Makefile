@@ -8,8 +8,9 @@ INSTALL := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --qu
 
 .PHONY: serve test test-gpu test-browser fuzz-api lint clean
 
+# Flags of serve: make serve ARGS='--port 8001'
 serve: $(VENV)/.serve
-	$(BIN)/nsa-serve serve --attention nsa
+	$(BIN)/nsa-serve serve --attention nsa $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -37,7 +37,7 @@ def read_scaling(records: Sequence[dict[str, Any]]) -> Scaling:
     """
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for record in records:
-        for point in record["points"]:
+        for point in record.get("points", ()):
             if point["num_requests"] == 1:
                 found.setdefault((point["what"], point["context_len"]), point)
     prompts = [point for (what, _), point in sorted(found.items()) if what == "ttft"]
@@ -67,12 +67,17 @@ def _length(tokens: float, _position: object = None) -> str:
 @app.command()
 def draw(
     picture: Annotated[Path, typer.Argument(help="PNG to write.")],
-    records: Annotated[list[Path], typer.Argument(help="JSON of bench latency.")],
+    records: Annotated[
+        list[Path], typer.Argument(help="JSON of bench latency.", exists=True, dir_okay=False)
+    ],
 ) -> None:
     """Draw time a token of a prompt, a decode step, and memory, over context."""
     from matplotlib import pyplot
 
-    scaling = read_scaling([json.loads(path.read_text()) for path in records])
+    try:
+        scaling = read_scaling([json.loads(path.read_text()) for path in records])
+    except (ValueError, KeyError) as error:
+        raise typer.BadParameter(f"no records of bench latency: {error}") from None
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axes, title, measured, floor in (
         (left, "a prompt, µs a token", scaling.prefill_us, scaling.prefill_floor_us),

@@ -67,7 +67,9 @@ def floor_tokens_per_s(rate: Rate, resident: float) -> float:
 
 @app.command()
 def draw(
-    record: Annotated[Path, typer.Argument(help="JSONL of tiered_engine rates.")],
+    record: Annotated[
+        Path, typer.Argument(help="JSONL of tiered_engine rates.", exists=True, dir_okay=False)
+    ],
     picture: Annotated[Path, typer.Argument(help="PNG to write.")],
 ) -> None:
     """Draw throughput over hit rate, with the link's floor."""

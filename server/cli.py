@@ -27,7 +27,16 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 class _LazyGroup(TyperGroup):
-    """Knows benchmarks, evaluations and the planner by name, and imports them to run them."""
+    """Knows benchmarks, evaluations and the planner by name, and imports them to run them.
+
+    What can't be started is told in one line: exit code 2.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NSAServeError as error:
+            raise refuse(error) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in _LAZY:
@@ -118,12 +127,8 @@ def collect_env() -> None:
 
 
 def _end(run: Any) -> None:
-    """Run to the end of the process. What can't be started is told in one line: exit code 2."""
-    try:
-        code = run()
-    except NSAServeError as error:
-        raise refuse(error) from None
-    raise typer.Exit(code)
+    """Run to the end of the process, whose exit code ``run`` answers."""
+    raise typer.Exit(run())
 
 
 def main() -> None:

@@ -46,6 +46,8 @@ _PASSED_ON = (
     *("tensor_parallel_size", "enforce_eager", "deterministic", "kv_runners_up"),
 )
 
+_SIZES = ("kv_cache_memory_bytes", "kv_host_memory_bytes", "cpu_offload_bytes")
+
 
 def refuse(message: object) -> typer.Exit:
     """Tell in one line why the command can't run; the exit to raise."""
@@ -210,7 +212,7 @@ class EngineFlags:
             "--kv-runners-up",
             help="Host pages a decode step fetches ahead for each KV head; 0: none.",
         ),
-    ] = 4
+    ] = 0
     kv_disk_dir: Annotated[
         str | None,
         _flag(
@@ -277,19 +279,23 @@ class EngineFlags:
     def engine_config(self) -> EngineConfig:
         """The engine's part. Raises ``ConfigError`` for what can't work or isn't built."""
         self._refuse()
-        cache_bytes = self.kv_cache_memory_bytes
         return EngineConfig.from_flags(
             **{name: getattr(self, name) for name in _PASSED_ON},
             model=self.positional or self.model or default_model(),
             served_model_name=self.served_model_name[0] if self.served_model_name else None,
             random_weights=self.load_format == "dummy",
             mock_token_rate=self.mock_engine,
-            kv_cache_memory_bytes=None if cache_bytes is None else parse_bytes(cache_bytes),
-            kv_host_memory_bytes=parse_bytes(self.kv_host_memory_bytes),
-            cpu_offload_bytes=parse_bytes(self.cpu_offload_bytes),
+            **{name: self._bytes(name) for name in _SIZES},
             **parse_disk(self.kv_disk_dir),
             enable_prefix_caching=self.prefix_caching,
         )
+
+    def _bytes(self, name: str) -> int | None:
+        text = getattr(self, name)
+        try:
+            return None if text is None else parse_bytes(text)
+        except ConfigError as error:
+            raise ConfigError(f"--{name.replace('_', '-')}: {error}") from None
 
     def _refuse(self) -> None:
         if self.positional and self.model and self.positional != self.model:

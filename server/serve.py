@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import signal
@@ -88,7 +89,8 @@ def _bind(flags: ServeFlags) -> socket.socket:
     except OSError as error:
         listener.close()
         where = f"--host {flags.host} --port {flags.port}"
-        raise ConfigError(f"{where}: {error.strerror or error}") from None
+        advice = "; --port 0 takes any free one" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"{where}: {error.strerror or error}{advice}") from None
     return listener
 
 

@@ -51,3 +51,11 @@ def test_memory_stays_where_it_was_from_8k_to_a_million_tokens_of_the_kept_recor
     records = [json.loads(Path(path).read_text()) for path in paths]
     peaks = [peak for _, peak in scaling_plot.read_scaling(records).peak_gb]
     assert max(peaks) < 1.01 * min(peaks)
+
+
+def test_files_that_are_no_records_are_refused_in_one_line(tmp_path):
+    other = RESULTS / "sm_spread.json"
+    for record, why in ((tmp_path / "none.json", "does not exist"), (other, "no records")):
+        result = CliRunner().invoke(scaling_plot.app, [str(tmp_path / "a.png"), str(record)])
+        assert result.exit_code == 2
+        assert why in " ".join(result.output.replace("│", "").split())

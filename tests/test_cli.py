@@ -15,7 +15,14 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from nsa_serve.config import EMBEDDED_MODEL, AttentionMode, DType, Policy, default_model
+from nsa_serve.config import (
+    EMBEDDED_MODEL,
+    AttentionMode,
+    DType,
+    EngineConfig,
+    Policy,
+    default_model,
+)
 from nsa_serve.engine.messages import EngineDescription
 from nsa_serve.errors import CheckpointError, ConfigError
 from nsa_serve.server import cli
@@ -65,6 +72,25 @@ def test_without_flags_the_packages_model_is_served_on_this_machine_only(parsed)
     assert config.source.model == default_model()
     assert (flags.host, flags.port) == ("127.0.0.1", 8000)
     assert config.source.attention is AttentionMode.AUTO
+
+
+def test_what_no_flag_says_is_what_the_configuration_says(parsed):
+    flags, _ = parsed("org/m")
+    assert flags.engine_config() == EngineConfig.from_flags(model="org/m")
+
+
+@pytest.mark.parametrize("flag", ["--kv-cache-memory-bytes", "--cpu-offload-bytes"])
+def test_a_size_that_is_no_number_is_told_with_its_flag(parsed, flag):
+    flags, _ = parsed("org/m", flag, "lots")
+    with pytest.raises(ConfigError, match=f"{flag}: 'lots' is no number of bytes"):
+        flags.engine_config()
+
+
+def test_a_benchmark_of_an_unknown_shape_is_refused_in_one_line():
+    result = CliRunner().invoke(cli.app, ["bench", "latency", "--shape", "9z", "--device", "cpu"])
+    assert result.exit_code == 2
+    (line,) = result.output.splitlines()
+    assert line.startswith("nsa-serve: --shape 9z: no such folder")
 
 
 def test_every_flag_reaches_the_configuration(parsed):
