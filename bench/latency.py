@@ -39,7 +39,7 @@ class Point:
     context_len: int
     timing: Timing  # ms: to the first token, or of a step
     floor: float  # ms
-    peak_bytes: int  # of the device, torch's high-water mark
+    peak_bytes: int  # of the device while the case ran, torch's high-water mark
     p99: float | None = None  # ms, where there are samples enough
 
     def record(self) -> dict[str, Any]:
@@ -63,6 +63,7 @@ class Point:
 
 def time_to_first_token(bench: BenchEngine, length: int, repeats: int, floor: float) -> Point:
     """A prompt of ``length`` tokens on an idle engine, from add to the first token."""
+    _forget_peak()
     samples = []
     for i in range(repeats + 1):
         warmup = i == 0
@@ -74,6 +75,7 @@ def time_to_first_token(bench: BenchEngine, length: int, repeats: int, floor: fl
 
 def new_turns(bench: BenchEngine, cached: int, new: int, turns: int, floor: float) -> Point:
     """TTFT of ``new`` tokens behind ``cached`` ones that the prefix cache holds."""
+    _forget_peak()
     prompt = bench.prompt(cached, seed=cached)
     bench.pretend_cached(prompt)
     samples = []
@@ -96,6 +98,7 @@ def _first_token_ms(bench: BenchEngine, name: str, prompt: list[int]) -> float:
 
 def decode_steps(bench: BenchEngine, num_requests: int, context: int, floor: float) -> Point:
     """Steps of ``num_requests`` requests at ``context`` tokens each, one token a request."""
+    _forget_peak()
     bench.start_decodes(num_requests, context, WARMUP_STEPS + STEPS + 4)
     samples = bench.timed_steps(WARMUP_STEPS + STEPS)[WARMUP_STEPS:]
     bench.finish()
@@ -172,6 +175,12 @@ def decode_floor(
     read = weight_bytes + model.num_layers * cache_bytes
     # The input embedding is looked up, not read; tied, it is the output layer and read.
     return 1e3 * (read - (0 if model.tie_embeddings else embedding)) / ceilings.bytes_per_s
+
+
+def _forget_peak() -> None:
+    """What came before, such as the buffers of the measured ceilings, is no part of a case."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak() -> int:

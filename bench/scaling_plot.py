@@ -27,7 +27,7 @@ class Scaling:
     prefill_floor_us: list[tuple[int, float]]
     decode_ms: list[tuple[int, float]]  # a step of one request
     decode_floor_ms: list[tuple[int, float]]
-    peak_gb: list[tuple[int, float]]  # the device's memory, torch's high-water mark
+    peak_gb: list[tuple[int, float]]  # the device's memory in all, torch's high-water mark
 
 
 def read_scaling(records: Sequence[dict[str, Any]]) -> Scaling:
@@ -82,7 +82,7 @@ def draw(
     for axes, title, measured, floor in (
         (left, "a prompt, µs a token", scaling.prefill_us, scaling.prefill_floor_us),
         (middle, "a decode step of one request, ms", scaling.decode_ms, scaling.decode_floor_ms),
-        (right, "most memory taken so far, GB", sorted(scaling.peak_gb), []),
+        (right, "most memory taken, GB", sorted(scaling.peak_gb), []),
     ):
         axes.plot(*zip(*measured, strict=True), marker="o", label="measured")
         if floor:
