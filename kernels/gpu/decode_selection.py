@@ -188,7 +188,7 @@ def _top_ranks(key, WANTED: tl.constexpr):
 
 
 @triton.jit
-def _list_blocks(
+def list_blocks(
     to,
     key_to,
     count,
@@ -268,7 +268,7 @@ def select_of_keys(
         key_to = chosen_key_ptr + at
     reach = current - first
     if (current < SELECTED) | (reach < 0):
-        _list_blocks(to, key_to, reach + 1, first, SELECTED, SELECTED_PAD, CHUNKS > 1)
+        list_blocks(to, key_to, reach + 1, first, SELECTED, SELECTED_PAD, CHUNKS > 1)
     else:
         # The chunk follows from a bound, and most contexts are far shorter: the smallest tile that
         # holds what there is.

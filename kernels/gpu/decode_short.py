@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .context_splits import overlap_launches
+from .decode_selection import list_blocks
 from .decode_splits import num_entry_slots
 
 
@@ -141,8 +142,7 @@ def attend_and_select(
     current = tl.where(position < 0, -1, position // PAGE)
     to = selection_ptr + (token.to(tl.int64) * HKV + head) * SELECTED
     if current < SELECTED:
-        places = tl.arange(0, SELECTED_PAD)
-        tl.store(to + places, tl.where(places <= current, places, -1), mask=places < SELECTED)
+        list_blocks(to, to, current + 1, 0, SELECTED, SELECTED_PAD, False)
     else:
         by_entry = tl.sum(tl.where(live[:, None], p * share[:, None], 0.0), 0)
         score = _scores_of_blocks(by_entry, slots, OVERLAP, PER_PAGE, ENTRIES // PER_PAGE)
