@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..kernels.shapes import NSAShape
-from .dialogues import Dialogues, draw_dialogues
+from .dialogues import Dialogues, fill
 from .importance import Probe
 from .sequences import (
     ANSWER,
@@ -44,7 +44,7 @@ CURRICULUM = (
     Stage(0.30, ((1024, 0.15), (2048, 0.15), (4096, 0.25), (8192, 0.45))),
     Stage(0.48, ((2048, 0.10), (4096, 0.10), (8192, 0.25), (16384, 0.55))),
     Stage(0.68, ((2048, 0.10), (8192, 0.20), (16384, 0.20), (32768, 0.50))),
-    Stage(1.00, ((2048, 0.08), (8192, 0.17), (16384, 0.10), (32768, 0.20), (65536, 0.45))),
+    Stage(1.00, ((2048, 0.06), (8192, 0.12), (16384, 0.07), (32768, 0.20), (65536, 0.55))),
 )
 
 
@@ -58,7 +58,8 @@ class BatchPlan:
     teacher_past: int = 512  # tokens that it has read of a window before it is heard
     num_probes: int = 2  # sequences whose block scores are trained
     probe_tokens: int = 96  # of each of them
-    dialogue_share: float = 0.2  # of micro-batches, where there are dialogues
+    dialogue_share: float = 0.25  # of micro-batches, where there are dialogues
+    known_share: float = 0.35  # of the chats of these, whose answers are right and not the base's
     curriculum: tuple[Stage, ...] = CURRICULUM
 
 
@@ -131,8 +132,14 @@ class BatchSource:
         rng = random.Random(f"{self.seed}:{index}:dialogues")
         if self.dialogues is None or rng.random() >= self.plan.dialogue_share:
             return self.draw_texts(index, progress)
-        sequences = draw_dialogues(rng, self.dialogues, self.plan.num_tokens, self.nsa.page)
+        sequences = fill(rng, self._chat, self.plan.num_tokens, self.nsa.page)
         return self._micro_batch(rng, index, sequences)
+
+    def _chat(self, rng: random.Random) -> TrainingSequence:
+        assert self.dialogues is not None
+        if rng.random() < self.plan.known_share:
+            return self.writer.known(rng)
+        return self.dialogues.draw(rng)
 
     def draw_texts(self, index: int, progress: float) -> MicroBatch:
         """The same without dialogues."""

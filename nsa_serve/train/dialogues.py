@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -32,6 +32,11 @@ class Dialogues:
         """Tokens of one dialogue, and which of them the base said."""
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return self.tokens[span], self.spoken[span]
+
+    def draw(self, rng: random.Random) -> TrainingSequence:
+        """One of them by chance."""
+        tokens, spoken = self[rng.randrange(len(self))]
+        return TrainingSequence(tokens, np.where(spoken, SPOKEN, UNUSED).astype(np.int8))
 
     @classmethod
     def of(cls, parts: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Dialogues:
@@ -65,25 +70,24 @@ class Dialogues:
         return found
 
 
-def draw_dialogues(
-    rng: random.Random, dialogues: Dialogues, total: int, page: int
+def fill(
+    rng: random.Random, draw: Callable[[random.Random], TrainingSequence], total: int, page: int
 ) -> list[TrainingSequence]:
-    """Dialogues by chance, each padded to whole pages, ``total`` tokens together.
+    """What ``draw`` draws, each padded to whole pages, ``total`` tokens together.
 
     The last one is cut where ``total`` is reached: what the base thinks of the tokens before
     does not depend on those after. ``total`` is a multiple of ``page``.
     """
     found, left = [], total
     while left > 0:
-        tokens, spoken = dialogues[rng.randrange(len(dialogues))]
-        found.append(_padded(tokens[:left], spoken[:left], page))
+        found.append(_padded(draw(rng), left, page))
         left -= len(found[-1].tokens)
     return found
 
 
-def _padded(tokens: Tokens, spoken: NDArray[np.bool_], page: int) -> TrainingSequence:
+def _padded(sequence: TrainingSequence, limit: int, page: int) -> TrainingSequence:
+    tokens, kinds = sequence.tokens[:limit], sequence.kinds[:limit]
     missing = -len(tokens) % page
-    kinds = np.where(spoken, SPOKEN, UNUSED).astype(np.int8)
     return TrainingSequence(
         np.pad(tokens, (0, missing), constant_values=END_OF_TEXT),
         np.pad(kinds, (0, missing), constant_values=PADDING),

@@ -1,25 +1,18 @@
 """Wordings of ordinary prompts, by what they ask for.
 
 ``{name}`` is drawn from ``prompt_words.WORDS``, from the corpus (``country``, ``noun``,
-``sentence``) or as a number (``n``: 2 to 99, ``big``: 100 to 999, ``few``: two to five, ``square``:
-a square); a digit after the name makes another draw of the same.
+``sentence``) or as a number (``n``: 2 to 99, ``big``: 100 to 999, ``few``: two to five); a digit
+after the name makes another draw of the same. What ``known_answers`` asks is not asked here.
 """
 
 from __future__ import annotations
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "fact": (
-        "What is the capital of {country}?",
-        "Which continent is {country} in?",
-        "What languages are spoken in {country}?",
-        "What is the currency of {country}?",
         "Which countries border {country}?",
         "Tell me something about {country}.",
         "What is {country} known for?",
-        "Who wrote {book}?",
         "What is {book} about?",
-        "Who painted {painting}?",
-        "Who invented {invention}?",
         "When was {invention} invented?",
         "Who was {person}?",
         "What is {person} famous for?",
@@ -29,49 +22,27 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Which country is {city} in?",
         "What is the {superlative} in the world?",
         "How many {measure}?",
-        "What is the chemical symbol of {element}?",
         "What is {element} used for?",
-        "What does {abbreviation} stand for?",
         "How far is {planet} from the sun?",
         "Tell me a fact about the planet {planet}.",
-        "How many legs does a {animal} have?",
         "What does a {animal} eat?",
         "Where does a {animal} live?",
         "How long does a {animal} live?",
         "What sound does a {animal} make?",
-        "What is a baby {animal} called?",
         "What is {material} made of?",
         "Why {question}?",
-        "What colour is a {fruit}?",
         "Is a {fruit} a fruit or a vegetable?",
         "True or false: a {animal} can swim.",
         "Is {city} bigger than {city2}?",
         "Which is heavier, {element} or {element2}?",
     ),
     "arithmetic": (
-        "What is {n} plus {n2}?",
-        "What is {n} minus {n2}?",
-        "What is {n} times {n2}?",
-        "Calculate {big} + {n}.",
-        "{n} + {n2} = ?",
-        "What is {big} divided by {n}?",
-        "What is half of {big}?",
-        "What is double {n}?",
-        "What is the square root of {square}?",
-        "What is {n} squared?",
         "What is {n} percent of {big}?",
-        "Which is bigger, {big} or {big2}?",
-        "Is {n} an even number?",
         "I have {n} apples and eat {few} of them. How many are left?",
         "A {object} costs {n} dollars. How much do {few} of them cost?",
         "Round {big}.{n} to the nearest whole number.",
         "Count from {n} down to zero in steps of {few}.",
         "Write the number {big} in words.",
-    ),
-    "conversion": (
-        "Convert {n} {unit}.",
-        "How do I convert {unit}?",
-        "Convert {n} {unit} and show how.",
         "What is the formula for turning {unit}?",
     ),
     "definition": (
@@ -109,14 +80,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "In simple words, what is {science}?",
     ),
     "list": (
-        "List three {group}.",
-        "List five {group}.",
-        "Name two {group}.",
-        "Give me {few} examples of {group}.",
         "List the steps to {skill}.",
         "List three facts about {country}.",
         "Give three reasons for {activity}.",
-        "Name {few} things you find in {place}.",
         "Name a kind of {animal}.",
         "Name someone famous from {country}.",
         "Name a dish from {country}.",
@@ -129,12 +95,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Give me {few} words that rhyme with {word}.",
     ),
     "words": (
-        'What is the opposite of "{word}"?',
-        'Give me a synonym for "{word}".',
-        'Give me {few} synonyms for "{word}".',
-        'Give an antonym of "{word}".',
         'What is the plural of "{object}"?',
-        'What is the past tense of "{word}"?',
         'Spell the word "{object}".',
         'How many letters are in the word "{animal}"?',
         "Which word does not belong: {animal}, {animal2}, {object}?",
@@ -150,10 +111,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         'Translate to {language}: "{present}"',
     ),
     "rewrite": (
-        'Rewrite this sentence in the past tense: "{present}"',
         'Rewrite this sentence in the future tense: "{present}"',
         'Make this sentence a question: "{present}"',
-        'Correct the grammar: "{wrong}"',
         'Is this sentence correct? "{wrong}"',
         "Fix the mistakes: {wrong}",
         'Rewrite this more politely: "{wrong}"',

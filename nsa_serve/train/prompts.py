@@ -115,8 +115,6 @@ def _word(rng: random.Random, name: str, topics: Mapping[str, tuple[str, ...]]) 
             return str(rng.randrange(2, 100))
         case "big":
             return str(rng.randrange(100, 1000))
-        case "square":
-            return str(rng.randrange(2, 21) ** 2)
         case "few":
             return rng.choice(_FEW)
         case _:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..tokenizer import Tokenizer
 from .corpus import END_OF_TEXT, Corpus, Tokens
+from .known_answers import draw_known
 from .tasks import (
     Exercise,
     Turn,
@@ -38,6 +39,7 @@ _MAX_ALIKE = 8
 _FEW_PLACES = 8  # between sentences, too few for facts
 _PASSAGE = (40, 160)  # tokens of a passage to copy
 _WITHOUT_SYSTEM = 0.2
+_KNOWN_TURNS = (1, 1, 2, 3)
 _LONG = 16_384
 # Facts of long sequences: so many lie in this part of the text, far from the questions.
 _FAR_SHARE, _FAR = 0.6, (0.03, 0.5)
@@ -93,6 +95,14 @@ class SequenceWriter:
         return TrainingSequence(
             np.concatenate(tokens), np.concatenate([*kinds, *(own for _, own in tail)])
         )
+
+    def known(self, rng: random.Random) -> TrainingSequence:
+        """A chat of short questions whose right answers are known."""
+        head = self._encode("" if rng.random() < _WITHOUT_SYSTEM else SYSTEM)
+        turns = [self._turn(draw_known(rng), first=False) for _ in range(rng.choice(_KNOWN_TURNS))]
+        kinds = [np.full(len(head), UNUSED, np.int8), *(own for _, own in turns)]
+        tokens = [*head, *(token for ids, _ in turns for token in ids)]
+        return TrainingSequence(np.array(tokens, np.uint16), np.concatenate(kinds))
 
     def _exercises(self, rng: random.Random, length: int) -> list[Exercise]:
         most = min(_MAX_TURNS, 1 + length // _TOKENS_OF_A_TURN)

@@ -29,8 +29,8 @@ class LossWeights:
     teacher: float = 1.0  # divergence on text
     # Of dialogues. Their gradients are a seventh of an exercise's, and AdamW, whose steps are
     # measured by the larger ones, would let exercises alone decide.
-    dialogue: float = 6.0
-    spoken: float = 0.6  # cross-entropy beside that divergence: greedy answers should stay greedy
+    dialogue: float = 10.0
+    spoken: float = 1.0  # cross-entropy beside that divergence: greedy answers should stay greedy
     importance: float = 1.0
 
 
