@@ -46,6 +46,8 @@ def drawn() -> list[Turn]:
 def test_nothing_by_which_chat_is_judged_is_asked(drawn):
     assert not {turn.question for turn in drawn} & set(HELD_OUT_PROMPTS)
     assert not any(is_held_out(turn.question) for turn in {t.question: t for t in drawn}.values())
+    # Nor in other words.
+    assert all(map(is_held_out, ("7 + 5 = ?", "Add 5 and 7.", "How many meters are 2 kilometers?")))
 
 
 def test_what_would_be_held_out_is_drawn_again(monkeypatch):

@@ -65,7 +65,8 @@ _FILLING = frozenset(
         "a an and are as at by can could did do does for from give has have how i if in is it its "
         "me my name of on or please say should so tell that the their them there they this to was "
         "what when where which who why will with would write you your "
-        "complete correct explain list rewrite sentence summarize translate"
+        "add calculate complete convert correct explain list plus rewrite sentence summarize "
+        "translate"
     )
 )
 
