@@ -41,10 +41,10 @@ class StepCosts:
 
 
 # The 8b shape on an H200, fitted to the table of docs/performance.md. It gives the first token of
-# 8k tokens after 0.204 s (measured 0.202), of 64k after 1.84 (1.90), of 128k after 4.15 (4.27) and
-# of 256k after 10.2 (10.4), and decode steps of 7.9 ms for 1 × 64k (8.03), 10.3 for 40 × 64k (10.3)
-# and 13.1 for 256 × 1k (13.0).
-H200_8B = StepCosts(step=7.8e-3, row=2.0e-5, context=6.5e-10, prompt=2.35e-5, past=1.1e-10)
+# 8k tokens after 0.200 s (measured 0.195), of 64k after 1.82 (1.87), of 128k after 4.17 (4.21) and
+# of 256k after 10.4 (10.3), and decode steps of 5.1 ms for 1 × 64k (5.38), 8.5 for 40 × 64k (8.27)
+# and 9.4 for 256 × 1k (10.1).
+H200_8B = StepCosts(step=5.0e-3, row=1.62e-5, context=1.1e-9, prompt=2.32e-5, past=1.22e-10)
 
 
 @dataclass(frozen=True, slots=True)
