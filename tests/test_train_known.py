@@ -28,7 +28,7 @@ METRES |= {"millimeters": Fraction(1, 1000)}
 SECONDS = {"days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
 YEARS = {"centuries": 100, "decades": 10, "years": 1, "months": Fraction(1, 12)}
 FEET = {"miles": 5280, "yards": 3, "feet": 1, "inches": Fraction(1, 12)}
-GRAMS = {"tons": 1_000_000, "kilograms": 1000, "grams": 1}
+GRAMS = {"tonnes": 1_000_000, "kilograms": 1000, "grams": 1}
 SCALES = (METRES, SECONDS, YEARS, FEET, GRAMS)
 
 
@@ -118,8 +118,8 @@ def test_a_sentence_changes_its_verb_alone(drawn):
         asked = turn.question.split('"')[1].split()
         given = turn.answer.strip('"').split()
         assert len(asked) == len(given)
-        assert sum(a != b for a, b in zip(asked, given, strict=True)) <= 1
-    past = {"takes": "took", "flies": "flew", "goes": "went", "plays": "played", "has": "had"}
+        assert sum(a != b for a, b in zip(asked, given, strict=True)) == 1
+    past = {"takes": "took", "flies": "flew", "comes": "came", "plays": "played", "has": "had"}
     told = [turn for turn in changed if "past tense" in turn.question]
     for does, did in past.items():
         found = [t for t in told if f" {does} " in t.question]
@@ -148,10 +148,37 @@ def test_rows_of_the_tables_fill_their_wordings_and_none_comes_twice():
             assert all(cell == cell.strip() != "" for cell in row)
             assert all(row[0] in wording.format(*row) for wording in table.questions)
             assert all(row[1] in wording.format(*row) for wording in table.answers)
-    for rows in (facts.single, facts.proverbs, facts.groups, facts.translations):
+    rooms = (facts.single, facts.proverbs, facts.groups, facts.translations, facts.synonyms)
+    for rows in (*rooms, facts.deeds, facts.units):
         assert len({row[0] for row in rows}) == len(rows)
+    # Or a question would have two answers, or a mistake would be none.
+    opposites = [word for pair in facts.opposites for word in pair]
+    assert len(set(opposites)) == len(opposites)
+    assert all(len({*deed}) == len(deed) for deed in facts.deeds)
     for _, *members in facts.groups:
         assert len(set(members)) == len(members) >= 4
+
+
+def test_no_row_is_held_out_and_never_asked_for():
+    facts = known_facts()
+    asked = [
+        question.format(*row)
+        for table in facts.tables
+        for row in table.rows
+        for question in table.questions
+    ]
+    asked += [question for question, _ in facts.single]
+    asked += [begin for begin, _ in facts.proverbs]
+    asked += [f"opposite: {word}" for pair in facts.opposites for word in pair]
+    asked += [f"synonym: {word}" for word, *_ in facts.synonyms]
+    asked += [f"Spanish: {english}" for english, *_ in facts.translations]
+    assert not list(filter(is_held_out, asked))
+
+
+def test_articles_fit_the_words_after_them(drawn):
+    said = " ".join(f"{turn.question} {turn.answer}" for turn in drawn)
+    assert not re.findall(r"\ba (?:[aeio]\w*|hour)\b", said, re.IGNORECASE)
+    assert not re.findall(r"\ban (?!hour)[^aeiou\W]\w*", said, re.IGNORECASE)
 
 
 def test_a_known_chat_is_in_the_models_own_template(tokenizer):
@@ -165,11 +192,9 @@ def test_a_known_chat_is_in_the_models_own_template(tokenizer):
             text, re.DOTALL,
         )  # fmt: skip
         assert 1 <= len(pairs) <= 3
-        own = [{"role": "system", "content": ""}] * (not text.startswith("<|im_start|>system"))
-        with_system += not own
-        messages = [{"role": "user", "content": pairs[0][0]}]
-        prompt = tokenizer.encode_chat(messages)
-        if not own:
+        if text.startswith("<|im_start|>system"):
+            with_system += 1
+            prompt = tokenizer.encode_chat([{"role": "user", "content": pairs[0][0]}])
             assert found.tokens[: len(prompt)].tolist() == prompt
         learnt = found.tokens[found.kinds == ANSWER].tolist()
         said = "".join(f"{answer}<|im_end|>" for _, answer in pairs)

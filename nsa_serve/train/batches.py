@@ -72,7 +72,7 @@ class MicroBatch:
     token_ids: Tensor  # [T] int64
     rows: Tensor  # [R] int64, tokens whose successors are predicted
     targets: Tensor  # [R] int64
-    answers: Tensor  # [R] bool: an exercise's answer, and not text
+    answers: Tensor  # [R] bool: what is right, and neither text nor the teacher's
     spoken: Tensor  # [R] bool: what the teacher said itself
     graded: Tensor  # [R] bool: cross-entropy counts; elsewhere only what a teacher says
     taught: Tensor  # [R] bool: the teacher has read enough to be heard
