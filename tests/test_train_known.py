@@ -14,8 +14,10 @@ import pytest
 from nsa_serve.train.batches import BatchSource
 from nsa_serve.train.dialogues import Dialogues
 from nsa_serve.train.held_out_prompts import HELD_OUT_PROMPTS, is_held_out
-from nsa_serve.train.known_answers import draw_known
+from nsa_serve.train.known_answers import draw_known, listed_questions
 from nsa_serve.train.known_facts import known_facts
+from nsa_serve.train.prompt_words import WORDS
+from nsa_serve.train.prompts import draw_prompts
 from nsa_serve.train.sequences import ANSWER, UNUSED
 from nsa_serve.train.tasks import Turn
 
@@ -173,6 +175,14 @@ def test_no_row_is_held_out_and_never_asked_for():
     asked += [f"synonym: {word}" for word, *_ in facts.synonyms]
     asked += [f"Spanish: {english}" for english, *_ in facts.translations]
     assert not list(filter(is_held_out, asked))
+
+
+def test_the_base_answers_nothing_that_a_table_does(drawn):
+    # Of 24 kinds that are drawn as often, the tables list 11.
+    assert sum(turn.question in listed_questions() for turn in drawn) > 8000
+    topics = {**WORDS, "country": ("Spain",), "noun": ("verb", "desk"), "sentence": ("It rained.",)}
+    prompts = draw_prompts(0, 1000, topics)
+    assert not {turn for prompt in prompts for turn in prompt.turns} & listed_questions()
 
 
 def test_articles_fit_the_words_after_them(drawn):

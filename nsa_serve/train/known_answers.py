@@ -7,7 +7,8 @@ from itself (``dialogue_writer``); here what is right is.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 from .held_out_prompts import is_held_out
 from .known_facts import known_facts
@@ -16,6 +17,9 @@ from .tasks import Turn
 _TONGUES = ("Spanish", "French", "German", "Italian")
 _PEOPLE = ("He", "She", "My brother", "The teacher", "Anna", "Tom", "My aunt", "The boy")
 _NUMBERS = ("one", "two", "three", "four", "five")
+_UNITS_IN = ("How many {small} are in {one}?", "How many {small} are there in {one}?")
+_PROVERB = ('Complete the sentence: "{}"', 'How does this proverb end? "{} ..."')
+_TRANSLATION = ('Translate "{}" to {}.', 'How do you say "{}" in {}?')
 
 
 def draw_known(rng: random.Random) -> Turn:
@@ -25,6 +29,24 @@ def draw_known(rng: random.Random) -> Turn:
         if not is_held_out(question):
             answer = _capital(answer)
             return Turn(_capital(question), answer, (answer,))
+
+
+@cache
+def listed_questions() -> frozenset[str]:
+    """All questions that are no sums and no exercises with words: nobody else may answer them."""
+    return frozenset(map(_capital, _listed()))
+
+
+def _listed() -> Iterator[str]:
+    facts = known_facts()
+    for table in facts.tables:
+        yield from (ask.format(*row) for row in table.rows for ask in table.questions)
+    yield from (question for question, _ in facts.single)
+    yield from (ask.format(begin) for begin, _ in facts.proverbs for ask in _PROVERB)
+    for english, *_ in facts.translations:
+        yield from (ask.format(english, tongue) for tongue in _TONGUES for ask in _TRANSLATION)
+    for one, _, small, _ in facts.units:
+        yield from (ask.format(small=small, one=_with_article(one)) for ask in _UNITS_IN)
 
 
 def _capital(text: str) -> str:
@@ -107,9 +129,12 @@ def _conversion(rng: random.Random) -> tuple[str, str]:
 
 def _units_in(rng: random.Random) -> tuple[str, str]:
     one, _, small, each = rng.choice(known_facts().units)
-    article = "an" if one == "hour" else "a"
-    ask = rng.choice(("How many {small} are in {one}?", "How many {small} are there in {one}?"))
-    return ask.format(small=small, one=f"{article} {one}"), f"{article} {one} has {each} {small}."
+    one = _with_article(one)
+    return rng.choice(_UNITS_IN).format(small=small, one=one), f"{one} has {each} {small}."
+
+
+def _with_article(unit: str) -> str:
+    return f"{'an' if unit == 'hour' else 'a'} {unit}"
 
 
 def _opposite(rng: random.Random) -> tuple[str, str]:
@@ -192,14 +217,13 @@ def _fact(rng: random.Random) -> tuple[str, str]:
 
 def _proverb(rng: random.Random) -> tuple[str, str]:
     begin, end = rng.choice(known_facts().proverbs)
-    ask = rng.choice(('Complete the sentence: "{}"', 'How does this proverb end? "{} ..."'))
-    return ask.format(begin), f"{begin} {end}."
+    return rng.choice(_PROVERB).format(begin), f"{begin} {end}."
 
 
 def _translation(rng: random.Random) -> tuple[str, str]:
     english, *others = rng.choice(known_facts().translations)
     at = rng.randrange(len(_TONGUES))
-    ask = rng.choice(('Translate "{}" to {}.', 'How do you say "{}" in {}?'))
+    ask = rng.choice(_TRANSLATION)
     answer = rng.choice(('"{1}"', '"{0}" is "{1}" in {2}.'))
     return ask.format(english, _TONGUES[at]), answer.format(english, others[at], _TONGUES[at])
 

@@ -2,7 +2,7 @@
 
 ``{name}`` is drawn from ``prompt_words.WORDS``, from the corpus (``country``, ``noun``,
 ``sentence``) or as a number (``n``: 2 to 99, ``big``: 100 to 999, ``few``: two to five); a digit
-after the name makes another draw of the same. What ``known_answers`` asks is not asked here.
+after the name makes another draw of the same. ``prompts`` leaves out what ``known_answers`` lists.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Ordinary prompts of a chat, drawn from wordings and words, none of those that judge it."""
+"""Ordinary prompts of a chat, drawn from wordings and words.
+
+None of those that judge it, and none whose right answer training has from a table.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from ..errors import ConfigError
 from ..tokenizer import Tokenizer
 from .corpus import END_OF_TEXT, Corpus, Tokens
 from .held_out_prompts import is_held_out
+from .known_answers import listed_questions
 from .prompt_templates import FOLLOW_UPS, TEMPLATES
 from .prompt_words import WORDS
 
@@ -92,7 +96,7 @@ def _turn(
 ) -> str:
     while True:
         text = fill(rng, rng.choice(templates), topics)
-        if not is_held_out(text):
+        if not is_held_out(text) and text not in listed_questions():
             return text
 
 
