@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ..config import AttentionMode, DType, EngineConfig
-from ..errors import ConfigError, NSAServeError
+from ..errors import ConfigError
 from ..runner.budget import shown
-from ..server.flags import parse_bytes, refuse
+from ..server.flags import parse_bytes
 from .cards import Card, card_named
 from .engine_run import shape_folder
 from .latency import decode_floor
@@ -53,21 +53,18 @@ def plan(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="As for serve.")] = None,
 ) -> None:
     """Bytes of weights, cache and steps, and what fits on cards of several sizes."""
-    try:
-        config = EngineConfig.from_flags(
-            model=_model(model, shape), random_weights=shape is not None, attention=attention,
-            dtype=dtype, gpu_memory_utilization=gpu_memory_utilization,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-            kv_host_memory_bytes=parse_bytes(kv_host_memory_bytes),
-            cpu_offload_bytes=parse_bytes(cpu_offload_bytes),
-        )  # fmt: skip
-        if device not in ("cuda", "cpu"):
-            raise ConfigError(f"--device is cuda or cpu, not {device}")
-        sizing = Sizing.of(config, device)
-        cards = _cards(device, card or [], memory or [])
-        show(sizing, parse_tokens(context), streams, cards)
-    except NSAServeError as error:
-        raise refuse(error) from None
+    config = EngineConfig.from_flags(
+        model=_model(model, shape), random_weights=shape is not None, attention=attention,
+        dtype=dtype, gpu_memory_utilization=gpu_memory_utilization,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        kv_host_memory_bytes=parse_bytes(kv_host_memory_bytes),
+        cpu_offload_bytes=parse_bytes(cpu_offload_bytes),
+    )  # fmt: skip
+    if device not in ("cuda", "cpu"):
+        raise ConfigError(f"--device is cuda or cpu, not {device}")
+    sizing = Sizing.of(config, device)
+    cards = _cards(device, card or [], memory or [])
+    show(sizing, parse_tokens(context), streams, cards)
 
 
 def _model(model: str | None, shape: str | None) -> str | None:

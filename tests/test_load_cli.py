@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nsa_serve.bench.load import cli
+from nsa_serve.server.cli import app
 from tests.scripted_api import MODEL, Answer, ScriptedAPI
 from tests.virtual_time import run_virtually
 
@@ -35,7 +36,7 @@ def bench(monkeypatch, tmp_path):
             cli, "run_async", lambda make: run_virtually(lambda clock: scenario(make, clock))
         )
         where = ("--result-dir", str(tmp_path))
-        result = CliRunner().invoke(cli.app, [*arguments, *where])
+        result = CliRunner().invoke(app, ["bench", *arguments, *where])
         assert result.exit_code == code, (result.output, result.exception)
         files = list(tmp_path.glob("*.json"))
         return result, json.loads(files[0].read_text()) if files else None
@@ -207,7 +208,8 @@ def test_what_can_not_be_is_refused_in_one_line_before_any_request(bench, argume
 
 
 def test_a_server_that_is_not_there_is_told(monkeypatch):
-    result = CliRunner().invoke(cli.app, ["serve", "--port", "1", "--ready-check-timeout-sec", "0"])
+    wanted = ("serve", "--port", "1", "--ready-check-timeout-sec", "0")
+    result = CliRunner().invoke(app, ["bench", *wanted])
     assert result.exit_code == 2
     assert "no server answers at http://127.0.0.1:1/v1/models" in result.stderr
 

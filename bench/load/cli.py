@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import typer
 import uvloop
 
-from ...errors import NSAServeError
-from ...server.flags import refuse, takes_flags
+from ...server.flags import takes_flags
 from ..report import console as plain
 from ..report import save_json
 from .console import show_result
@@ -52,8 +51,6 @@ def run_async(make: Callable[[Clock, Connect | None], Coroutine[Any, Any, T]]) -
 def _end(make: Callable[[Clock, Connect | None], Coroutine[Any, Any, int]]) -> None:
     try:
         code = run_async(make)
-    except NSAServeError as error:
-        raise refuse(error) from None
     except (KeyboardInterrupt, asyncio.CancelledError):
         code = INTERRUPTED
     raise typer.Exit(code)

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..errors import ConfigError, NSAServeError
-from ..server.flags import refuse, takes_flags
+from ..errors import ConfigError
+from ..server.flags import takes_flags
 from .chat import ChatSet, run_chat
 from .chat import summary as chat_summary
 from .flags import ChatFlags, EvalFlags, NeedleFlags, PerplexityFlags, TaskFlags, parse_contexts
@@ -216,8 +216,6 @@ def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], sav
 def _end(run: Callable[[], None]) -> None:
     try:
         run()
-    except NSAServeError as error:
-        raise refuse(error) from None
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to go on")
         raise typer.Exit(INTERRUPTED) from None
