@@ -26,8 +26,7 @@ from nsa_serve.train.batches import BatchPlan, BatchSource
 from nsa_serve.train.corpus import Corpus, write_corpus
 from nsa_serve.train.decoder import DenseCausalAttention
 from nsa_serve.train.dialogue_writer import hold_dialogues, summary, without_loop
-from nsa_serve.train.dialogues import Dialogues
-from nsa_serve.train.dialogues import fill as fill_batch
+from nsa_serve.train.dialogues import Dialogues, draw_to_length
 from nsa_serve.train.grow import Growth, build_source
 from nsa_serve.train.held_out_prompts import HELD_OUT_PROMPTS, is_held_out
 from nsa_serve.train.prompt_templates import FOLLOW_UPS, TEMPLATES
@@ -292,7 +291,7 @@ def test_what_holds_no_dialogues_is_refused(tmp_path):
 def test_drawn_dialogues_are_whole_pages_that_fill_the_batch():
     dialogues = made()
     for seed in range(20):
-        sequences = fill_batch(random.Random(seed), dialogues.draw, 512, 16)
+        sequences = draw_to_length(random.Random(seed), dialogues.draw, 512, 16)
         lengths = [len(sequence.tokens) for sequence in sequences]
         assert sum(lengths) == 512
         assert all(length % 16 == 0 for length in lengths)

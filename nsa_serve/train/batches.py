@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..kernels.shapes import NSAShape
-from .dialogues import Dialogues, fill
+from .dialogues import Dialogues, draw_to_length
 from .importance import Probe
 from .sequences import (
     ANSWER,
@@ -132,7 +132,7 @@ class BatchSource:
         rng = random.Random(f"{self.seed}:{index}:dialogues")
         if self.dialogues is None or rng.random() >= self.plan.dialogue_share:
             return self.draw_texts(index, progress)
-        sequences = fill(rng, self._chat, self.plan.num_tokens, self.nsa.page)
+        sequences = draw_to_length(rng, self._chat, self.plan.num_tokens, self.nsa.page)
         return self._micro_batch(rng, index, sequences)
 
     def _chat(self, rng: random.Random) -> TrainingSequence:

@@ -70,7 +70,7 @@ class Dialogues:
         return found
 
 
-def fill(
+def draw_to_length(
     rng: random.Random, draw: Callable[[random.Random], TrainingSequence], total: int, page: int
 ) -> list[TrainingSequence]:
     """What ``draw`` draws, each padded to whole pages, ``total`` tokens together.
