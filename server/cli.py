@@ -96,7 +96,9 @@ def chat(
         typer.Option(envvar="NSA_SERVE_API_KEY", help="Key of the server.", show_default=False),
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. Default: the server's.", min=0)
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 1024,
 ) -> None:
     """Talk to a model in the terminal. MODEL and flags of serve start a server for it."""

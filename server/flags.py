@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -375,9 +375,21 @@ class BatchFlags(EngineFlags):
     ]
 
 
-def takes_flags(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
-    """Make a command of a function of one record, whose fields become the command's parameters."""
+def takes_flags(
+    record: type[T], *, own_first: bool = False
+) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Make a command of a function of one record, whose fields become the command's parameters.
+
+    The help text has them in the record's order, or a derived record's own before those of its
+    parents.
+    """
     hints = get_type_hints(record, include_extras=True)
+    columns = fields(record)  # type: ignore[arg-type]
+    if own_first:
+        owners = [own.__annotations__ for own in record.__mro__ if is_dataclass(own)]
+        columns = tuple(
+            sorted(columns, key=lambda f: next(i for i, own in enumerate(owners) if f.name in own))
+        )
     parameters = [
         inspect.Parameter(
             field.name,
@@ -385,7 +397,7 @@ def takes_flags(record: type[T]) -> Callable[[Callable[[T], None]], Callable[...
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in fields(record)  # type: ignore[arg-type]
+        for field in columns
     ]
 
     def decorate(run: Callable[[T], None]) -> Callable[..., None]:

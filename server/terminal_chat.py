@@ -136,7 +136,7 @@ class Conversation:
             match line.strip():
                 case "":
                     pass
-                case "/quit":
+                case "/quit" | "/exit":
                     return
                 case "/clear":
                     self.messages = self._first_messages()

@@ -240,3 +240,11 @@ def test_ctrl_c_keeps_what_there_is(
 
     monkeypatch.setattr(room, "run_needles", interrupt)
     assert invoke("needle", "--contexts", "1k").exit_code == room.INTERRUPTED
+
+
+def test_help_of_an_evaluation_begins_with_its_own_flags(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    text = CliRunner().invoke(cli.app, ["eval", "tasks", "--help"]).output
+    own, engine = text.index("--contexts"), text.index("--gpu-memory-utilization")
+    assert own < text.index("--url") < engine
+    assert "not country_facts" in text

@@ -23,7 +23,7 @@ from .perplexity import Windows, run_perplexity
 from .record import Record
 from .subject import Advance
 from .tasks import COUNTRY_FACTS, DEFAULT_KINDS, KINDS, TaskSet, run_tasks
-from .verdicts import as_markdown, judge, open_record, read_verdicts, write_verdicts
+from .verdicts import OPEN, as_markdown, judge, open_record, read_verdicts, write_verdicts
 
 INTERRUPTED = 130  # what shells report of a command ended by Ctrl-C
 
@@ -36,28 +36,28 @@ console = Console(stderr=True, highlight=False)
 
 
 @app.command()
-@takes_flags(NeedleFlags)
+@takes_flags(NeedleFlags, own_first=True)
 def needle(flags: NeedleFlags) -> None:
     """Hide a fact in a long text and ask for it: contexts × depths × keys, as JSON and PNG."""
     _end(lambda: needles(flags))
 
 
 @app.command()
-@takes_flags(PerplexityFlags)
+@takes_flags(PerplexityFlags, own_first=True)
 def ppl(flags: PerplexityFlags) -> None:
     """Perplexity of held-out text, the same tokens in windows of every length."""
     _end(lambda: perplexity(flags))
 
 
 @app.command()
-@takes_flags(TaskFlags)
+@takes_flags(TaskFlags, own_first=True)
 def tasks(flags: TaskFlags) -> None:
     """Several keys, several values, variables, long copies: on words that training has not seen."""
     _end(lambda: retrieval(flags))
 
 
 @app.command()
-@takes_flags(ChatFlags)
+@takes_flags(ChatFlags, own_first=True)
 def chat(flags: ChatFlags) -> None:
     """Answer 50 short prompts beside the dense base, for people to judge, and measure how far."""
     _end(lambda: conversations(flags))
@@ -170,8 +170,12 @@ def conversations(flags: ChatFlags) -> None:
 def counted(path: Path) -> None:
     """Run ``eval verdicts``."""
     record = open_record(path)
-    judge(record, read_verdicts(path.with_suffix(".csv"), record.items))
-    _finish_chat(record, chat_summary(record))
+    table = path.with_suffix(".csv")
+    judge(record, read_verdicts(table, record.items))
+    found = chat_summary(record)
+    _finish_chat(record, found)
+    if found["verdicts"][OPEN]:
+        console.print(f"{found['verdicts'][OPEN]} lines of {table} are still empty")
 
 
 def _finish_chat(record: Record, found: dict[str, Any]) -> None:

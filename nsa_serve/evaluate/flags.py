@@ -20,10 +20,12 @@ from .haystack import DEFAULT_TEXT
 from .in_process import InProcess
 from .over_http import OverHTTP, ServerAddress, open_client
 from .subject import Subject
+from .tasks import COUNTRY_FACTS, DEFAULT_KINDS
 
 NUM_PROMPTS = len(HELD_OUT_PROMPTS)
 _SMALL_CACHE = "512MiB"
 _SERVER, _WORK = "Server", "Evaluation"
+_TASK_HELP = f"One kind; repeat. Default: {', '.join(DEFAULT_KINDS)} (not {COUNTRY_FACTS})."
 # What an evaluation over HTTP reads of the engine's flags: MODEL is the name in the API there.
 _SHARED = ("positional", "model", "config", "seed", "tokenizer")
 
@@ -139,9 +141,7 @@ class TaskFlags(EvalFlags):
     contexts: Annotated[
         str, _flag(_WORK, "--contexts", help="Tokens of prompt and answer together.")
     ] = "4k,8k,16k,32k,64k"
-    task: Annotated[
-        list[str] | None, _flag(_WORK, "--task", help="One kind; repeat. Default: all kinds.")
-    ] = None
+    task: Annotated[list[str] | None, _flag(_WORK, "--task", help=_TASK_HELP)] = None
     samples: Annotated[
         int, _flag(_WORK, "--samples", min=1, help="Of each kind at each context.")
     ] = 10

@@ -79,11 +79,12 @@ def size_cache(
     max_model_len: int,
     max_num_seqs: int,
     is_explicit: bool,
+    flag: str = "--kv-cache-memory-bytes",
 ) -> CacheSize:
     """Blocks that fit into ``num_bytes``, no more than ``max_num_seqs`` requests can use.
 
     Where one request of ``max_model_len`` tokens doesn't fit, that length is refused if
-    ``is_explicit``, else lowered to what fits.
+    ``is_explicit``, else lowered to what fits. ``flag`` is the one that would make more room.
     """
     pages = layout.num_pages(max_model_len)
     num_blocks = min(max(num_bytes, 0) // layout.bytes_per_block, max_num_seqs * pages)
@@ -93,8 +94,7 @@ def size_cache(
         raise ConfigError(
             f"one request of {max_model_len} tokens needs {shown(pages * layout.bytes_per_block)} "
             f"of cache, and {shown(max(num_bytes, 0))} are left for it, enough for "
-            f"{num_blocks * layout.page} tokens: lower --max-model-len, or raise "
-            "--kv-cache-memory-bytes or --gpu-memory-utilization"
+            f"{num_blocks * layout.page} tokens: lower --max-model-len, or raise {flag}"
         )
     return CacheSize(num_blocks, num_blocks * layout.page)
 

@@ -180,6 +180,8 @@ class Worker:
     def _size_cache(self) -> CacheSize:
         length = self.model_config.max_position
         on_cuda = self.device.type == "cuda"
+        is_given = self.config.cache.kv_cache_memory_bytes is not None
+        flag = "--kv-cache-memory-bytes" if is_given or not on_cuda else "--gpu-memory-utilization"
         num_bytes = self._measured_cache_bytes(length) if on_cuda else self._cpu_cache_bytes()
         num_bytes = self._size_tiers(num_bytes)
         size = size_cache(
@@ -188,14 +190,16 @@ class Worker:
             max_model_len=length,
             max_num_seqs=self.config.schedule.max_num_seqs,
             is_explicit=self.config.source.max_model_len is not None,
+            flag=flag,
         )
         if size.max_model_len < length:
             logger.warning(
                 "the context is %d tokens, not the checkpoint's %d: the cache of %s holds no more; "
-                "raise --kv-cache-memory-bytes or --gpu-memory-utilization",
+                "raise %s",
                 size.max_model_len,
                 length,
                 shown(num_bytes),
+                flag,
             )
         return replace(size, num_blocks=self.tiers.num_blocks) if self.tiers else size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -98,7 +99,8 @@ def run(
         float, typer.Option(min=0, max=0.999, help="skip this share of the growth of lengths")
     ] = 0.0,
     dialogues: Annotated[
-        Path | None, typer.Option(help="OUT of the dialogues command: a fifth of what is learnt")
+        Path | None,
+        typer.Option(help="OUT of the dialogues command: most of a quarter of the micro-batches"),
     ] = None,
     seed: int = 0,
     device: str = "auto",
@@ -203,7 +205,8 @@ def main() -> None:
     try:
         app()
     except NSAServeError as error:
-        raise SystemExit(f"error: {error}") from None
+        sys.stderr.write(f"nsa-serve train: {error}\n")
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
