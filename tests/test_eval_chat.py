@@ -18,9 +18,8 @@ from typer.testing import CliRunner
 from nsa_serve.config import EngineConfig
 from nsa_serve.engine.engine import Engine
 from nsa_serve.errors import ConfigError, EvaluationStopped
-from nsa_serve.evaluate import cli as room
-from nsa_serve.evaluate.chat import ChatSet, divergence, run_chat
-from nsa_serve.evaluate.flags import NUM_PROMPTS, ChatFlags
+from nsa_serve.evaluate.chat import ChatSet, divergence, read_prompts, run_chat
+from nsa_serve.evaluate.flags import ChatFlags
 from nsa_serve.evaluate.in_process import InProcess
 from nsa_serve.evaluate.over_http import OverHTTP
 from nsa_serve.evaluate.record import Record
@@ -37,7 +36,7 @@ from nsa_serve.train.held_out_prompts import HELD_OUT_PROMPTS
 from tests.eval_served import ADDRESS, asked_both_ways
 from tests.server_process import write_small_model
 
-CHATS = ChatSet(num_prompts=3, max_tokens=10)
+CHATS = ChatSet(HELD_OUT_PROMPTS[:3], max_tokens=10)
 LENGTH = 512
 
 
@@ -113,10 +112,12 @@ def test_likelihood_is_that_of_the_answers_tokens(base: InProcess, tmp_path: Pat
 
 def test_what_is_there_is_not_asked_again(base: InProcess, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    before = dict(run(base, base, path, ChatSet(2, 4)).items)
-    record = Record.open(path, "chat", base.description, ChatSet(2, 4).settings(base))
+    before = dict(run(base, base, path, ChatSet(HELD_OUT_PROMPTS[:2], 4)).items)
+    record = Record.open(
+        path, "chat", base.description, ChatSet(HELD_OUT_PROMPTS[:2], 4).settings(base)
+    )
     told: list[int] = []
-    run_chat(ChatSet(2, 4), base, base, record, told.append)
+    run_chat(ChatSet(HELD_OUT_PROMPTS[:2], 4), base, base, record, told.append)
     assert told == [2]
     assert record.items == before
 
@@ -250,6 +251,30 @@ def test_the_command_writes_what_people_judge_and_keeps_their_verdicts(
     assert summary_of(path)["verdicts"] == wanted
 
 
+def test_prompts_of_a_file_are_asked_in_place_of_the_held_out_ones(
+    invoke: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "q.txt").write_text("How do tides work?\n\n  Name a tree.  \nWhy?\n")
+    asked = ("chat", "--questions", "q.txt", "--prompts", "2", "--max-tokens", "6")
+    shown = invoke(*asked)
+    assert shown.exit_code == 0, shown.output
+    items = open_record(tmp_path / "eval-chat.json").items
+    assert [item["prompt"] for item in items.values()] == ["How do tides work?", "Name a tree."]
+    (tmp_path / "q.txt").write_text("How do tides work?\nName a river.\n")
+    refused = invoke(*asked)  # other prompts are no run to go on with
+    assert refused.exit_code == 2
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff", b"x" * 2001, b"a\n" * 1001])
+def test_a_file_of_no_prompts_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match="--questions"):
+        read_prompts(tmp_path / "q.txt")
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_prompts(tmp_path / "absent.txt")
+
+
 def test_a_missing_record_is_told_in_one_line(invoke: Any) -> None:
     result = invoke("verdicts", "absent.json")
     assert result.exit_code == 2
@@ -260,8 +285,8 @@ def test_a_missing_record_is_told_in_one_line(invoke: Any) -> None:
 def test_two_models_share_a_device_with_small_caches_and_the_base_is_dense(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert ChatFlags().prompts == NUM_PROMPTS == 50
-    assert room.ChatSet().max_tokens == ChatFlags().max_tokens
+    assert len(ChatFlags().chats().prompts) == 50
+    assert ChatSet() == ChatFlags().chats()
     assert ChatFlags().engine_config().cache.kv_cache_memory_bytes == 512 << 20
     given = ChatFlags(kv_cache_memory_bytes="1GiB", device="cpu", base="some/base")
     assert given.engine_config().cache.kv_cache_memory_bytes == 1 << 30

@@ -7,8 +7,10 @@ the base finds the model's answers, and how far the model's choice of tokens is 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
@@ -19,18 +21,38 @@ from .subject import Advance, Candidates, Question, Subject
 from .verdicts import Verdict, count_verdicts, is_same
 
 _AT_ONCE = 25  # prompts between two writes of the record
+_MOST_PROMPTS, _LONGEST_PROMPT = 1000, 2000  # of a file; characters
 _LEAST = 1e-6  # probability of all tokens that are not among the candidates, at least
 
 
 @dataclass(frozen=True, slots=True)
 class ChatSet:
-    """The first ``num_prompts`` of the held-out prompts; answers have at most ``max_tokens``."""
+    """What both are asked; answers have at most ``max_tokens``."""
 
-    num_prompts: int = len(HELD_OUT_PROMPTS)
+    prompts: tuple[str, ...] = HELD_OUT_PROMPTS
     max_tokens: int = 200
 
     def settings(self, base: InProcess) -> dict[str, Any]:
-        return {**asdict(self), "base": base.description}
+        """What a record must agree with to be gone on with; it has the prompts themselves."""
+        found = {"num_prompts": len(self.prompts), "max_tokens": self.max_tokens}
+        if self.prompts != HELD_OUT_PROMPTS[: len(self.prompts)]:
+            found["prompts"] = zlib.crc32("\n".join(self.prompts).encode())
+        return {**found, "base": base.description}
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not empty. Raises ``ConfigError``."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--questions {path} can't be read: {error}") from None
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not 0 < len(found) <= _MOST_PROMPTS or max(map(len, found)) > _LONGEST_PROMPT:
+        raise ConfigError(
+            f"--questions {path} has {len(found)} prompts; 1 to {_MOST_PROMPTS} are asked, "
+            f"a line each, of up to {_LONGEST_PROMPT} characters"
+        )
+    return found
 
 
 def run_chat(
@@ -40,7 +62,7 @@ def run_chat(
 
     Raises ``ConfigError`` where the two do not have one tokenizer.
     """
-    prompts = HELD_OUT_PROMPTS[: chats.num_prompts]
+    prompts = chats.prompts
     if subject.encode(prompts[0]) != base.encode(prompts[0]):
         raise ConfigError("--base has another tokenizer: their answers can't be compared by token")
     missing = [number for number in range(len(prompts)) if _name(number) not in record]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from ..server.flags import takes_flags
-from .chat import ChatSet, run_chat
+from .chat import run_chat
 from .chat import summary as chat_summary
 from .flags import ChatFlags, EvalFlags, NeedleFlags, PerplexityFlags, TaskFlags, parse_contexts
 from .haystack import Haystack, read_documents, read_facts, sentences_of
@@ -148,13 +148,13 @@ def retrieval(flags: TaskFlags) -> None:
 
 def conversations(flags: ChatFlags) -> None:
     """Run ``eval chat``."""
-    chats = ChatSet(flags.prompts, flags.max_tokens)
+    chats = flags.chats()
     with flags.subject() as subject:
         base = flags.open_base()
         record = _record(flags, "chat", subject.description, chats.settings(base))
         found = _with_bar(
             "prompts",
-            chats.num_prompts,
+            len(chats.prompts),
             lambda advance: run_chat(chats, subject, base, record, advance),
         )
     table = record.path.with_suffix(".csv")

@@ -16,13 +16,13 @@ from ..errors import ConfigError
 from ..server.flags import EngineFlags
 from ..train.held_out_prompts import HELD_OUT_PROMPTS
 from .ablation import Ablation
+from .chat import ChatSet, read_prompts
 from .haystack import DEFAULT_TEXT
 from .in_process import InProcess
 from .over_http import OverHTTP, ServerAddress, open_client
 from .subject import Subject
 from .tasks import COUNTRY_FACTS, DEFAULT_KINDS
 
-NUM_PROMPTS = len(HELD_OUT_PROMPTS)
 _SMALL_CACHE = "512MiB"
 _SERVER, _WORK = "Server", "Evaluation"
 _TASK_HELP = f"One kind; repeat. Default: {', '.join(DEFAULT_KINDS)} (not {COUNTRY_FACTS})."
@@ -154,10 +154,19 @@ class ChatFlags(EvalFlags):
     base: Annotated[
         str, _flag(_WORK, "--base", help="The dense model beside it, run in this process.")
     ] = EMBEDDED_MODEL
+    questions: Annotated[
+        Path | None,
+        _flag(_WORK, "--questions", help="Text, a prompt a line; default: the 50 held out."),
+    ] = None
     prompts: Annotated[
-        int, _flag(_WORK, "--prompts", min=1, max=NUM_PROMPTS, help="The first so many.")
-    ] = NUM_PROMPTS
+        int | None, _flag(_WORK, "--prompts", min=1, help="The first so many; default: all.")
+    ] = None
     max_tokens: Annotated[int, _flag(_WORK, "--max-tokens", min=1, help="Of an answer.")] = 200
+
+    def chats(self) -> ChatSet:
+        """What is asked. Raises ``ConfigError`` for a file that holds no prompts."""
+        every = HELD_OUT_PROMPTS if self.questions is None else read_prompts(self.questions)
+        return ChatSet(every[: self.prompts], self.max_tokens)
 
     def engine_config(self) -> EngineConfig:
         """As ever, but with a small cache: two models share the device."""
